@@ -7,3 +7,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Most of a test's time is LLVM optimizing a program that runs once: without it, compiling takes a third to a half of the time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def cache(tmp_path_factory):
+    """A folder of compiled programs that tests and the processes they start share, so that each program is compiled once."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    yield tmp_path_factory.getbasetemp().parent / "bigflax-xla"
+    jax.config.update("jax_compilation_cache_dir", before)  # `bigflax train` sets it

@@ -1,0 +1,90 @@
+"""Decoding with a key-value cache: one compiled prefill, one compiled scan of single-token steps.
+
+    tokens = generate(model, params, prompt_BT, max_new_tokens=100, temperature=0.8, top_k=50, rng=key)
+
+Runs wherever the weights lie (`tracing_on(mesh)` around the call lays out activations too). Temperature 0 is greedy.
+Left out on purpose: beam search, speculative decoding, continuous batching: serving is another program's work.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigflax import sharding
+from bigflax.models.transformer import empty_cache
+from bigflax.nn import Model
+
+
+def generate(
+    model: Model, params: Any, input_ids: jax.Array, *, max_new_tokens: int, attention_mask: jax.Array | None = None,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_id: int | None = None, rng: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Continues each prompt: input_ids [B, T] -> new tokens [B, max_new_tokens].
+
+    Prompts of different lengths are padded on the left, `attention_mask` 0 there. After `eos_id` a row repeats it. `rng` is needed
+    unless temperature is 0. `top_k` keeps the k likeliest tokens, `top_p` the likeliest whose probability reaches p. Raises ValueError
+    for what cannot be: padding on the right, more tokens than learned positions, an encoder.
+    """
+    _check(model.module, input_ids.shape[1], max_new_tokens, attention_mask, temperature, top_k, top_p)
+    if temperature > 0 and rng is None:
+        raise ValueError("sampling needs rng; give a key, or temperature=0 for the likeliest token each time")
+    mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+    rng = jax.random.key(0) if rng is None else rng
+    layout = sharding._tracing.get()
+    return _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, layout and layout[0])
+
+
+def _check(module, length: int, new: int, mask, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if module is None or not module.blocks.attention.causal:
+        raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2 or llama")
+    if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"max_new_tokens {new}, temperature {temperature}, top_k {top_k}, top_p {top_p}: give at least 1, 0, 1, and above 0 up to 1 (or None)"
+        )
+    if module.embed.positions and length + new > module.embed.positions:
+        raise ValueError(f"a prompt of {length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer")
+    if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool((mask[:, -1] != 0).all()):
+        raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "mesh"))
+def _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, mesh):
+    # `mesh` is there for jit's cache alone, which would not notice that `constrain` now speaks of another one.
+    B, T = input_ids.shape
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    cache = empty_cache(model.module, B, T + max_new_tokens, model.module.embed.dtype)
+    out = model.apply(params, input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+    pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def step(carry, i):
+        cache, logits_BV, done_B = carry
+        token_B = pick(logits_BV, rng=jax.random.fold_in(rng, i))
+        if eos_id is not None:
+            token_B = jnp.where(done_B, eos_id, token_B)
+            done_B |= token_B == eos_id
+        out = model.apply(params, input_ids=token_B[:, None], position_ids=positions[:, -1:] + 1 + i, cache=cache)
+        return (out["cache"], out["logits"][:, -1], done_B), token_B
+
+    start = (out["cache"], out["logits"][:, -1], jnp.zeros(B, bool))
+    _, tokens_NB = jax.lax.scan(step, start, jnp.arange(max_new_tokens))
+    return tokens_NB.T
+
+
+def choose(logits_BV: jax.Array, *, temperature: float, top_k: int | None = None, top_p: float | None = None, rng: jax.Array) -> jax.Array:
+    """One token a row: the likeliest at temperature 0, else drawn from softmax(logits / temperature) cut to top_k and top_p (nucleus,
+    Holtzman et al. 2020, arXiv 1904.09751)."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    if temperature == 0:
+        return jnp.argmax(logits_BV, -1)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p is not None:
+        sorted_BV = jnp.sort(logits_BV, -1, descending=True)
+        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), -1) - jax.nn.softmax(sorted_BV)
+        least_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), -1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(rng, logits_BV)

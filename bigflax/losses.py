@@ -1,0 +1,137 @@
+"""Losses: arrays in, one float32 value per example or token out. Means, weights and masks belong to the task that knows what it averages.
+
+Where optax has the very thing, this is its name here; the others are formulas with their paper. Logits are [..., V] and may be bfloat16:
+everything is computed in float32. Label -100 is ignored: its value and its gradient are 0.
+
+Left out on purpose: the loss of a vocabulary head that never holds its logits (`ops.linear_cross_entropy`), and losses that need a model
+or a batch's meaning (`tasks`, `compress`).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+IGNORE = -100
+DIVERGENCES = ("forward", "reverse", "js", "skewed")
+
+
+def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """log p(label), of labels' shape; 0 where the label is -100."""
+    logits = logits.astype(jnp.float32)
+    hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == labels[..., None]
+    picked = jnp.where(hit, logits, 0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(labels == IGNORE, 0, picked)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, z_loss: float = 0.0) -> jax.Array:
+    """-sum_v t_v log p_v with t = (1 - smoothing) onehot(label) + smoothing / V, plus z_loss * logsumexp(logits)^2; of labels' shape.
+
+    Smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (2204.02311), at 1e-4.
+    """
+    logits = logits.astype(jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    loss = -(1 - smoothing) * token_log_probs(logits, labels)
+    if smoothing:
+        loss += smoothing * (lse - logits.mean(-1))
+    if z_loss:
+        loss += z_loss * jnp.square(lse)
+    return jnp.where(labels == IGNORE, 0, loss)
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-y log sigmoid(l) - (1 - y) log sigmoid(-l), elementwise; labels in [0, 1]."""
+    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels)
+
+
+def focal(logits: jax.Array, labels: jax.Array, *, gamma: float = 2.0, alpha: float | None = None) -> jax.Array:
+    """Binary cross-entropy times (1 - p_true)^gamma, elementwise; alpha weighs the positives. Lin et al. 2017 (arXiv 1708.02002)."""
+    return optax.sigmoid_focal_loss(logits.astype(jnp.float32), labels, alpha=alpha, gamma=gamma)
+
+
+def mse(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    """(p - t)^2, elementwise."""
+    return optax.squared_error(predictions.astype(jnp.float32), targets.astype(jnp.float32))
+
+
+def huber(predictions: jax.Array, targets: jax.Array, *, delta: float = 1.0) -> jax.Array:
+    """Half the square up to delta, linear beyond, elementwise. Huber 1964."""
+    return optax.huber_loss(predictions.astype(jnp.float32), targets.astype(jnp.float32), delta=delta)
+
+
+def kl_divergence(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0, kind: str = "forward", skew: float = 0.1
+) -> jax.Array:
+    """temperature^2 times a divergence of p (teacher) and q (student), both softened by the temperature; [..., V] -> [...].
+
+    forward  KL(p | q)                       Hinton et al. 2015 (arXiv 1503.02531): its temperature^2 keeps the gradient's size
+    reverse  KL(q | p)                       Gu et al. 2023 (MiniLLM, 2306.08543)
+    js       KL(p | m) / 2 + KL(q | m) / 2,  m = (p + q) / 2; Agarwal et al. 2023 (GKD, 2306.13649)
+    skewed   KL(p | skew p + (1 - skew) q)   Ko et al. 2024 (DistiLLM, 2402.03898)
+
+    Never negative, 0 where the two agree. The teacher gets a gradient too: `jax.lax.stop_gradient` is the caller's.
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"kl_divergence has no kind {kind!r}; take one of {', '.join(DIVERGENCES)}")
+    log_q, log_p = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student_logits, teacher_logits))
+    if kind == "forward":
+        value = _kl(log_p, log_q)
+    elif kind == "reverse":
+        value = _kl(log_q, log_p)
+    elif kind == "js":
+        log_m = _mix(log_p, log_q, 0.5)
+        value = (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+    else:
+        value = _kl(log_p, _mix(log_p, log_q, skew))
+    return temperature**2 * value
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """sum p (log p - log q); where p is 0 so is the term, also for logits of -inf."""
+    p = jnp.exp(log_p)
+    return jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0) - jnp.where(p > 0, log_q, 0)), 0).sum(-1)
+
+
+def _mix(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:
+    """log(share p + (1 - share) q)."""
+    return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))
+
+
+def contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """Cross-entropy of scale * a b^T against the diagonal, rows and columns averaged: [B, D], [B, D] -> [B].
+
+    Symmetric InfoNCE: Radford et al. 2021 (CLIP, arXiv 2103.00020), where a and b have unit rows and scale is exp(logit_scale).
+    """
+    logits = scale * jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
+    labels = jnp.arange(a.shape[0])
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+def sigmoid_contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float, bias: jax.Array | float = 0.0) -> jax.Array:
+    """sum_j -log sigmoid(z_ij (scale a_i . b_j + bias)) with z = 1 on the diagonal and -1 elsewhere: [B, D], [B, D] -> [B].
+
+    Zhai et al. 2023 (SigLIP, arXiv 2303.15343), equation 1 before the mean; there rows are unit, scale and bias start at 10 and -10.
+    """
+    logits = scale * jnp.matmul(a, b.T, preferred_element_type=jnp.float32) + bias
+    return -jax.nn.log_sigmoid((2 * jnp.eye(a.shape[0]) - 1) * logits).sum(-1)
+
+
+def dpo(
+    chosen_logp: jax.Array,
+    rejected_logp: jax.Array,
+    ref_chosen: jax.Array,
+    ref_rejected: jax.Array,
+    beta: float = 0.1,
+    *,
+    smoothing: float = 0.0,
+) -> jax.Array:
+    """-log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))) of summed log probabilities of answers; [B] -> [B].
+
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. smoothing is the chance that a pair's order is wrong (Mitchell's cDPO).
+    """
+    margin = beta * ((chosen_logp - ref_chosen) - (rejected_logp - ref_rejected)).astype(jnp.float32)
+    return -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
+
+
+def bradley_terry(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    """-log sigmoid(chosen - rejected) of two scores: the loss of reward models. Bradley and Terry 1952; Ouyang et al. 2022 (2203.02155)."""
+    return -jax.nn.log_sigmoid((chosen - rejected).astype(jnp.float32))

@@ -1,0 +1,135 @@
+"""`bigflax VERB`: flags and a recipe, and the calls they stand for.
+
+    bigflax train [--config=quickstart] [--config.key=value ...]      train, or continue what the work folder holds
+    bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
+    bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
+
+What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bigflax import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", default="quickstart", metavar="RECIPE", help="a recipe's name or file, with :variant if it has any")
+    devices = argparse.ArgumentParser(add_help=False)
+    devices.add_argument("--fake-devices", type=int, metavar="N", help="run on N fake CPU devices")
+    devices.add_argument("--cache", default=None, metavar="DIR", help='compilation cache; "" for none (default: under ~/.cache)')
+    hosts = argparse.ArgumentParser(add_help=False)
+    hosts.add_argument("--hosts", type=int, metavar="N", help="processes in all; 0 finds them (Cloud TPU, GKE, Slurm)")
+    hosts.add_argument("--host", type=int, metavar="I", help="index of this process")
+    hosts.add_argument("--coordinator", metavar="ADDRESS:PORT", help="where process 0 listens")
+    hosts.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="how long to wait for the other processes at the start")
+
+    top = argparse.ArgumentParser(prog="bigflax", description="Train large models with JAX, and make them small.", epilog="--config.key=value overrides any key of a recipe.")  # fmt: skip
+    top.add_argument("--version", action="version", version=f"bigflax {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train = verbs.add_parser("train", parents=[common, devices, hosts], help="train, or continue what the work folder holds")
+    train.add_argument("--allow-changes", action="store_true", help="continue a run although the recipe has changed")
+    config = verbs.add_parser("config", help="look at recipes").add_subparsers(dest="action", required=True)
+    show = config.add_parser("show", parents=[common], help="print the resolved recipe")
+    show.add_argument("--diff", action="store_true", help="only what differs from the defaults")
+    generate = verbs.add_parser("generate", parents=[devices], help="continue a prompt with a trained model")
+    generate.add_argument("--work", required=True, metavar="DIR", help="the work folder of a run")
+    generate.add_argument("--prompt", required=True)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    args, rest = parser().parse_known_args(argv)
+    overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
+    strange = [text for text in rest if not text.startswith("--config.")]
+    try:
+        if strange:
+            raise ValueError(f"unknown argument {strange[0]!r}; a recipe's keys are written --config.key=value")
+        return VERBS[args.verb](args, overrides)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("BIGFLAX_TRACEBACK"):
+            raise
+        print(f"bigflax: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def sentence(error: Exception) -> str:
+    """One line for what went wrong; what the system said of a file names the file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.strerror}: {error.filename!r}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) and type(error) is not RuntimeError else text
+
+
+def train(args: argparse.Namespace, overrides: list[str]) -> int:
+    prepare(args)
+    from bigflax import recipes, runs
+
+    config = recipes.resolve(recipes.load(args.config), overrides)
+    if not config.work:
+        raise ValueError("the recipe names no work folder; add --config.work=DIR")
+    return runs.train_run(config, allow_changes=args.allow_changes)
+
+
+def config(args: argparse.Namespace, overrides: list[str]) -> int:
+    from bigflax import recipes
+
+    recipe = recipes.load(args.config)
+    resolved = recipes.resolve(recipe, overrides)
+    if args.diff:
+        lines = recipes.diff(recipes.known_keys(resolved), resolved)
+    else:
+        lines = [f"{key} = {value!r}" for key, value in recipes.flat(resolved).items()]
+    print("\n".join(lines))
+    return 0
+
+
+def generate(args: argparse.Namespace, overrides: list[str]) -> int:
+    prepare(args)
+    from bigflax import recipes, runs
+    from bigflax.checkpoint import Checkpoints
+
+    with Checkpoints(os.path.join(args.work, "checkpoints")) as checkpoints:
+        config = recipes.unflatten(checkpoints.meta()["config"])
+        config.work, config.sample.prompt = args.work, args.prompt
+        for path, value in map(recipes.parse_override, overrides):
+            recipes.set_key(config, path, value)
+        run = runs.Run(config)
+        text = run.sample(checkpoints.restore_params(run.state_like().params))
+    if text is None:
+        raise ValueError(f"there is nothing to continue: the prompt is empty, or {args.work} holds no causal language model")
+    print(text)
+    return 0
+
+
+VERBS: dict[str, Any] = {"train": train, "config": config, "generate": generate}
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """What must be said to JAX before its first use: devices, compilation cache, the other hosts."""
+    if getattr(args, "hosts", None) is None and (getattr(args, "host", None) is not None or getattr(args, "coordinator", None)):
+        raise ValueError("--host and --coordinator need --hosts=N, the number of processes")
+    import jax
+
+    if args.fake_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.fake_devices)
+    cache = args.cache
+    if cache is None:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bigflax", "xla")
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if getattr(args, "hosts", None) is not None:
+        from bigflax.sharding import start_hosts
+
+        start_hosts(coordinator=args.coordinator, processes=args.hosts or None, index=args.host, timeout=args.timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Models made from nothing: `create("llama", size="tiny", hidden_size=128)`.
+
+A family is one file in `families/`: `build(**config)` composes modules, and `SIZES` names its published sizes and a `tiny` one.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigflax import nn, trees
+
+FAMILIES = ("bert", "gpt2", "llama")
+
+
+def family(name: str) -> Any:
+    """The module of a family. Raises ValueError that lists the families."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown model family {name!r}; {trees.did_you_mean(name, FAMILIES, 'the families are')}")
+    return importlib.import_module(f"bigflax.models.families.{name}")
+
+
+def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:
+    """A model of a family: `size` fills the config, `config` (the family's Hugging Face field names) overrides it."""
+    home = family(name)
+    if size is not None and size not in home.SIZES:
+        raise ValueError(f"{name} has no size {size!r}; {trees.did_you_mean(size, home.SIZES, 'the sizes are')}")
+    known = inspect.signature(home.build).parameters
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{name} has no config field {key!r}; {trees.did_you_mean(key, known)}")
+    return nn.model(home.build(**((home.SIZES[size] if size else {}) | config)), input_ids=jax.ShapeDtypeStruct((1, 8), jnp.int32))

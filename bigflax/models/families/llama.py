@@ -1,0 +1,56 @@
+"""Llama 2 and 3: rotary positions, grouped-query attention, RMS norm, SwiGLU, no biases. Touvron et al. 2023; Grattafiori et al. 2024.
+
+Arguments are the fields of the Hugging Face config (`model_type` "llama"), with its defaults. `qk_norm` (as in Qwen3 and OLMo 2) is ours,
+for models made from nothing.
+"""
+
+from typing import Any
+
+from bigflax.models.transformer import Attention, Block, Embed, LmHead, Mlp, Norm, Transformer
+from bigflax.nn import Rope, head_width, normal
+
+_LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192)
+SIZES = {
+    "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    "llama2-7b": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama3-8b": dict(**_LLAMA3, intermediate_size=14336),
+    "llama3-70b": dict(**_LLAMA3, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+}  # fmt: skip
+
+
+def build(
+    *,
+    vocab_size: int = 32000,
+    hidden_size: int = 4096,
+    intermediate_size: int = 11008,
+    num_hidden_layers: int = 32,
+    num_attention_heads: int = 32,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    hidden_act: str = "silu",
+    max_position_embeddings: int = 2048,  # rotary positions have no table: what was trained on, kept for whoever reads the config
+    initializer_range: float = 0.02,
+    rms_norm_eps: float = 1e-6,
+    tie_word_embeddings: bool = False,
+    rope_theta: float = 10000.0,
+    rope_scaling: Any = None,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    dtype: str = "float32",
+    remat: str = "none",
+    unroll: int | bool = 1,
+) -> Transformer:
+    init = normal(initializer_range)
+    out_init = normal(initializer_range / (2 * num_hidden_layers) ** 0.5)
+    norm = lambda: Norm("rms", rms_norm_eps)
+    attention = Attention(
+        num_attention_heads, head_dim or head_width(hidden_size, num_attention_heads), num_key_value_heads,
+        rope=Rope(rope_theta, scaling=rope_scaling), norm=norm() if qk_norm else None, bias=attention_bias, init=init, out_init=out_init,
+    )  # fmt: skip
+    mlp = Mlp(intermediate_size, hidden_act, gated=True, bias=mlp_bias, init=init, out_init=out_init)
+    return Transformer(
+        embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), blocks=Block(attention, mlp, norm()), layers=num_hidden_layers,
+        norm=norm(), head=LmHead(vocab_size, tie_word_embeddings, init=init), remat=remat, unroll=unroll,
+    )  # fmt: skip

@@ -1,0 +1,296 @@
+"""Modules: Flax Linen, fenced.
+
+Of Linen we use `nn.Module`, our `weight()` and our `stack()`, and nothing else: only the "params" collection, every name explicit,
+intermediates returned and never sown. `model()` is the fence: beyond it a model is two pure functions over a tree of plain arrays,
+and a tree of axis strings beside them.
+
+Whatever already stands in a weight's place (int8, LoRA ...) is used as it is: modules multiply through `ops.einsum` and cannot tell.
+Dropout is on when `apply` is given `rng` and off when not; there is no other switch. The activations carry the dtype of computation:
+the embedding casts once, and every product follows its operand.
+
+Legend: B batch, T time, S key time, D width, F mlp width, N heads, K kv heads, H head width, V vocabulary, L layers.
+Left out on purpose: mutable collections and lazily inferred shapes of outputs (a shape is written or follows from the input).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from bigflax import ops, trees
+from bigflax.sharding import constrain
+from bigflax.weights import Axes, parse_axes, write_axes
+
+Initializer = Callable[..., jax.Array]
+normal = nn.initializers.normal
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights, recompute the rest
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep the layers' inputs alone
+}
+
+
+def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`. Raises ValueError that names what there is."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}; {trees.did_you_mean(name, table, 'there are')}")
+    return table[name]
+
+
+def head_width(features: int, heads: int) -> int:
+    """The width of a head where `heads` share `features` evenly. Raises ValueError where they cannot."""
+    if features % heads:
+        near = max(heads, features - features % heads)
+        raise ValueError(f"a width of {features} does not divide over {heads} heads; nearest is {near}")
+    return features // heads
+
+
+# -- weights and the fence -------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Named(meta.AxisMetadata):
+    """A fresh weight and its axis string, on the way from `init` to the fence; a scan writes its axis name in front."""
+
+    value: Any
+    axes: str
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "_Named":
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index: int, params: dict) -> "_Named":
+        ax = parse_axes(self.axes)
+        return dataclasses.replace(self, axes=write_axes(Axes((params[nn.PARTITION_NAME], *ax.stack), ax.first, ax.second, ax.outputs_first)))
+
+    def remove_axis(self, index: int, params: dict) -> "_Named":
+        ax = parse_axes(self.axes)
+        return dataclasses.replace(self, axes=write_axes(Axes(ax.stack[1:], ax.first, ax.second, ax.outputs_first)))
+
+    def tree_flatten(self):
+        return (self.value,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(children[0], axes)
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = normal(0.02)) -> Any:
+    """One float32 weight of `module` and the names of its axes (weights.py explains the string). What is already there passes untouched."""
+    if module.has_variable("params", name):  # `param` would check the shape, and refuse a typed weight
+        return module.get_variable("params", name)
+    return module.param(name, lambda rng: _Named(init(rng, shape, jnp.float32), axes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that it may be a static argument of jit
+class Model:
+    """A model, as the rest of the library sees it: two pure functions over a tree of weights, and the axes of each weight.
+
+    `init(rng) -> params`; `apply(params, rng=None, **inputs) -> dict of outputs`; `axes` is shaped like `params`, a string a weight.
+    """
+
+    init: Callable[[jax.Array], Any]
+    apply: Callable[..., dict[str, Any]]
+    axes: Any
+    module: Any = None
+
+    def shapes(self) -> Any:
+        """The tree of ShapeDtypeStructs that `init` would make."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def summary(self) -> str:
+        """The tree as a table: name, shape, dtype, axes, parameters, bytes."""
+        return trees.summary(self.shapes(), self.axes)
+
+
+def model(module: nn.Module, **example: Any) -> Model:
+    """Fences a Linen module in; `example` are its inputs as arrays or ShapeDtypeStructs of any small size."""
+    example = {name: jnp.zeros(x.shape, x.dtype) for name, x in example.items()}
+    boxed = lambda rng: module.init({"params": rng}, **example)["params"]
+    is_named = lambda x: isinstance(x, _Named)
+    axes = jax.tree.map(lambda box: box.axes, jax.eval_shape(boxed, jax.random.key(0)), is_leaf=is_named)
+
+    def init(rng: jax.Array) -> Any:
+        return jax.tree.map(lambda box: box.value, boxed(rng), is_leaf=is_named)
+
+    def apply(params: Any, *, rng: jax.Array | None = None, **inputs: Any) -> dict[str, Any]:
+        return module.apply({"params": params}, rngs=None if rng is None else {"dropout": rng}, **inputs)  # type: ignore[return-value]
+
+    return Model(init, apply, axes, module)
+
+
+def stack(block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, **shared: Any) -> tuple[jax.Array, Any]:
+    """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
+
+    `each` is a tree with a leading layer axis, of which each layer gets its slice (a cache); `shared` reaches all of them. The block's
+    weights gain a leading "layers" axis. Compile time does not grow with the number of layers.
+    """
+
+    def body(block, x, each):
+        return block(x, each, **shared)
+
+    policy = pick(REMAT, remat, "remat")
+    if policy is not None:
+        body = nn.remat(body, prevent_cse=False, policy=policy)
+    scan = nn.scan(
+        body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+        length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
+    )  # fmt: skip
+    return scan(block, x, each)
+
+
+def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales the rest, when `apply` was given `rng`."""
+    if rate == 0.0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+# -- the parts of a layer --------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """y = x w (+ b) over the last axis; `axes` names input and output: "embed -> mlp"."""
+
+    features: int
+    axes: str
+    bias: bool = True
+    init: Initializer = normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = ops.einsum("...d,df->...f", x, weight(self, "w", (x.shape[-1], self.features), self.axes, self.init))
+        return y + weight(self, "b", (self.features,), self.axes.split()[-1], zeros).astype(y.dtype) if self.bias else y
+
+
+class Norm(nn.Module):
+    """RMS ("rms") or mean-and-variance ("layer") normalization over the last axis; statistics in float32."""
+
+    kind: str = "rms"
+    eps: float = 1e-6
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(self, "scale", x.shape[-1:], "norm", ones)
+        if self.kind == "rms":
+            return ops.rms_norm(x, scale, eps=self.eps)
+        return ops.layer_norm(x, scale, weight(self, "bias", x.shape[-1:], "norm", zeros) if self.bias else None, eps=self.eps)
+
+
+class Rope(nn.Module):
+    """Rotary positions: no weights, only how to turn q and k at given positions."""
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    scaling: Any = None
+
+    def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        inv_freq, factor = ops.rope_frequencies(x_BTNH.shape[-1], theta=self.theta, fraction=self.fraction, scaling=self.scaling)
+        return ops.rope(x_BTNH, positions_BT, inv_freq, factor=factor)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
+
+    `__call__(x, cache, positions=, q_segments=, kv_segments=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
+    "segments": [B, S]}` for one layer: new keys and values are written at `index`, and attention runs over all that is written.
+    """
+
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    causal: bool = True
+    rope: Rope | None = None
+    norm: Norm | None = None  # over the head width of q and k, before the rotation
+    bias: bool = False
+    out_bias: bool | None = None
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    init: Initializer = normal(0.02)
+    out_init: Initializer = normal(0.02)
+
+    @nn.compact
+    def __call__(self, x_BTD, cache=None, *, positions=None, q_segments=None, kv_segments=None):
+        D, N, K, H = x_BTD.shape[-1], self.heads, self.kv_heads or self.heads, self.head_dim
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, "q", N, "heads"), self._project(x_BTD, "k", K, "kv_heads"), self._project(x_BTD, "v", K, "kv_heads")
+        if self.norm is not None:
+            q_BTNH, k_BTKH = self.norm.clone(parent=self, name="q_norm")(q_BTNH), self.norm.clone(parent=self, name="k_norm")(k_BTKH)
+        if self.rope is not None:
+            at = jnp.arange(x_BTD.shape[1])[None] if positions is None else positions
+            q_BTNH, k_BTKH = self.rope(q_BTNH, at), self.rope(k_BTKH, at)
+        places = {}
+        if cache is not None:
+            cache = write_cache(cache, k_BTKH, v_BTKH, kv_segments)
+            k_BTKH, v_BTKH, kv_segments = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype), cache["segments"]
+            # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
+            T, S = x_BTD.shape[1], k_BTKH.shape[1]
+            places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(S)[None]}
+        q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", None)
+        y_BTNH = ops.attention(
+            q_BTNH, k_BTKH, v_BTKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
+            scale=self.scale, softcap=self.softcap, **places,
+        )  # fmt: skip
+        y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
+        if self.bias if self.out_bias is None else self.out_bias:
+            y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
+        return dropout(self, y_BTD, self.dropout), cache
+
+    def _project(self, x_BTD, name, heads, axis):
+        y_BTNH = ops.einsum("btd,dnh->btnh", x_BTD, weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init))
+        return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype) if self.bias else y_BTNH
+
+
+def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, jax.Array]:
+    """The cache with T more keys and values at `index`. Segment 0 marks what is not to be attended to: padding, and what is not written yet."""
+    at = cache["index"]
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
+    segments = jnp.ones(k_BTKH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+    return {"k": put(cache["k"], k_BTKH), "v": put(cache["v"], v_BTKH), "segments": put(cache["segments"], segments), "index": at + k_BTKH.shape[1]}
+
+
+class Mlp(nn.Module):
+    """Plain: down(act(up(x))); gated (SwiGLU, GeGLU): down(act(gate(x)) * up(x))."""
+
+    features: int
+    act: str = "gelu"
+    gated: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+    init: Initializer = normal(0.02)
+    out_init: Initializer = normal(0.02)
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F, act = x_BTD.shape[-1], self.features, pick(ACTIVATIONS, self.act, "activation")
+        h_BTF = self._up(x_BTD, "up")
+        h_BTF = act(self._up(x_BTD, "gate")) * h_BTF if self.gated else act(h_BTF)
+        h_BTF = constrain(h_BTF, "batch", "seq", "mlp")
+        y_BTD = ops.einsum("btf,fd->btd", h_BTF, weight(self, "down", (F, D), "mlp -> embed", self.out_init))
+        if self.bias:
+            y_BTD += weight(self, "down_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
+        return dropout(self, y_BTD, self.dropout)
+
+    def _up(self, x_BTD, name):
+        h_BTF = ops.einsum("btd,df->btf", x_BTD, weight(self, name, (x_BTD.shape[-1], self.features), "embed -> mlp", self.init))
+        return h_BTF + weight(self, f"{name}_bias", (self.features,), "mlp", zeros).astype(h_BTF.dtype) if self.bias else h_BTF

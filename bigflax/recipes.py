@@ -1,0 +1,194 @@
+"""Recipes: a run as one ConfigDict, resolved against the signatures of the functions that it feeds.
+
+A recipe is a Python file with `get_config()`. A section holds keyword arguments of one function (`known_keys`), so a default lives in one
+place, that function's signature. `resolve` writes the defaults in; an unknown key is an error that names the nearest known ones.
+`--config.model.hidden_size=256` overrides, with its type checked. The resolved config is printed, saved with each checkpoint, and compared
+when a run resumes.
+
+Left out on purpose: inheritance between recipes. A recipe is Python: import another one and change it.
+"""
+
+import ast
+import importlib.util
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bigflax import checkpoint, data, models, optim, sharding, tasks, train, trees
+from bigflax.data.loader import Loader
+from bigflax.data.quality import Quality
+from bigflax.generate import generate
+
+# What may differ between a run and its continuation without changing what is learned.
+HARMLESS = ("work", "fit.log_every", "fit.profile", "fit.save_every", "fit.save_minutes", "checkpoint", "sample", "yardsticks", "data.workers", "data.prefetch")
+
+
+def _keywords(function: Callable[..., Any], *given: str) -> dict[str, Any]:
+    """The parameters of a function that a recipe may set, and their defaults; `given` are those that the program fills in itself."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given}
+
+
+def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe may say, as a nested dict of defaults; what model and task take depends on their names."""
+    family = models.family(config["model"]["name"])
+    size = config["model"].get("size")
+    if size is not None and size not in family.SIZES:
+        raise ValueError(f"{config['model']['name']} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
+    task = config["task"]["name"]
+    if task not in tasks.TASKS:
+        raise ValueError(f"unknown task {task!r}; {trees.did_you_mean(task, tasks.TASKS, 'the tasks are')}")
+    return {
+        "seed": 0,
+        "work": "",
+        # vocab_size None: the tokenizer's own
+        "model": {"name": "", "size": None, **_keywords(family.build), **(family.SIZES[size] if size else {}), "vocab_size": None},
+        "tokenizer": {"kind": "bpe", "path": None, "mask": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192},
+        "data": {
+            **_keywords(data.text_batches, "source", "tokenizer", "split", "seed", "repeat", "mesh", "quality", "loader"),
+            **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
+            **_keywords(Quality, "quarantine", "bad"),
+            "source": inspect.Parameter.empty,
+        },
+        "task": {"name": "", **_keywords(tasks.TASKS[task], "model", "token_bytes")},
+        "optimizer": _keywords(optim.make, "axes", "steps"),
+        "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
+        "step": _keywords(train.train_step, "loss_fn", "tx", "state", "seed", "table"),
+        "fit": _keywords(train.fit, "state", "step", "loader", "evaluate", "checkpoints", "meta", "write", "meter", "watch", "stop"),
+        "watch": {**_keywords(train.Watch), "metric": "loss"},
+        "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
+        "sample": {"prompt": "", **_keywords(generate, "model", "params", "input_ids", "attention_mask", "eos_id", "rng"), "max_new_tokens": 100},
+        "yardsticks": False,
+    }
+
+
+def find(name: str) -> str:
+    """The file of a recipe: a path, or a name in ./configs or among those that came with the package. Raises FileNotFoundError that lists them."""
+    if name.endswith(".py"):
+        if os.path.exists(name):
+            return name
+        raise FileNotFoundError(f"there is no recipe file {name!r}")
+    home = os.path.dirname(os.path.abspath(__file__))
+    folders = [folder for folder in ("configs", os.path.join(home, "configs"), os.path.join(os.path.dirname(home), "configs")) if os.path.isdir(folder)]
+    for folder in folders:
+        if os.path.exists(path := os.path.join(folder, name + ".py")):
+            return path
+    known = {file[:-3] for folder in folders for file in os.listdir(folder) if file.endswith(".py") and file != "__init__.py"}
+    raise FileNotFoundError(f"there is no recipe {name!r}; {trees.did_you_mean(name, known, 'there are')}")
+
+
+def load(name: str) -> ConfigDict:
+    """The recipe `name`, a name or a path, as its file states it; "name:variant" passes the variant to its `get_config`."""
+    name, _, variant = name.partition(":")
+    path = find(name)
+    spec = importlib.util.spec_from_file_location(f"recipe_{os.path.basename(path)[:-3]}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(), which returns the recipe")
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def resolve(recipe: ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The recipe with every default written in and `key=value` overrides applied. Raises ValueError for what no function takes."""
+    said = _plain(recipe)
+    overrides = [parse_override(text) for text in overrides]
+    for path, value in overrides:  # these decide which keys there are
+        if path in ("model.name", "model.size", "task.name"):
+            section, key = path.split(".")
+            said.setdefault(section, {})[key] = value
+    for section in ("model", "task", "data"):
+        if section not in said:
+            raise ValueError(f"a recipe needs a section {section!r}")
+    full = known_keys(said)
+    _check(said, full)
+    config = ConfigDict(_merge(full, said), type_safe=True, convert_dict=True)
+    for path, value in overrides:
+        set_key(config, path, value)
+    _require(config)
+    return config.lock()
+
+
+def _plain(config: Any) -> Any:
+    return {k: _plain(v) for k, v in config.items()} if isinstance(config, ConfigDict | dict) else config
+
+
+def _check(said: Mapping[str, Any], full: Mapping[str, Any], where: str = "") -> None:
+    for key, value in said.items():
+        if key not in full:
+            raise ValueError(f"unknown key {where + key!r} in the recipe; {trees.did_you_mean(key, full)}")
+        if isinstance(value, Mapping) and isinstance(full[key], Mapping):
+            _check(value, full[key], f"{where}{key}.")
+
+
+def _merge(full: Any, said: Any) -> Any:
+    return {k: _merge(v, said[k]) if k in said and isinstance(v, dict) and isinstance(said[k], dict) else said.get(k, v) for k, v in full.items()}
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """"optimizer.lr=1e-3" -> ("optimizer.lr", 0.001); what is no Python literal stays a string."""
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"override {text!r} has no value; write --config.{path}=VALUE")
+    try:
+        return path, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return path, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+
+
+def set_key(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets one key of a resolved config. Raises ValueError for an unknown key or a value of another type."""
+    *sections, key = path.split(".")
+    for section in sections:
+        if section not in config or not isinstance(config[section], ConfigDict):
+            raise ValueError(f"unknown key {path!r}; {trees.did_you_mean(section, config)}")
+        config = config[section]
+    if key not in config:
+        raise ValueError(f"unknown key {path!r}; {trees.did_you_mean(key, config)}")
+    try:
+        config[key] = value
+    except TypeError:
+        raise ValueError(f"{path} is {config[key]!r}, a {type(config[key]).__name__}; {value!r} is a {type(value).__name__}") from None
+
+
+def _require(config: ConfigDict, where: str = "") -> None:
+    for key, value in config.items():
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"the recipe must set {where + key!r}: it has no default")
+        if isinstance(value, ConfigDict):
+            _require(value, f"{where}{key}.")
+
+
+def flat(config: Any, where: str = "") -> dict[str, Any]:
+    """{"model.hidden_size": 256, ...}, with values as JSON keeps them."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | dict)
+        out |= flat(value, f"{where}{key}.") if nested else {where + key: json.loads(json.dumps(value, default=lambda _: "(to be set)"))}
+    return out
+
+
+def unflatten(keys: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `flat`."""
+    config: dict[str, Any] = {}
+    for path, value in keys.items():
+        *sections, key = path.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return ConfigDict(config)
+
+
+def diff(old: Any, new: Any, *, ignore: Iterable[str] = ()) -> list[str]:
+    """One line for each key that differs: "optimizer.lr: 0.001 -> 0.002"."""
+    a, b = flat(old), flat(new)
+    ignored = tuple(ignore)
+    skip = lambda key: any(key == i or key.startswith(i + ".") for i in ignored)
+    absent = "(not there)"
+    return [f"{key}: {a.get(key, absent)!r} -> {b.get(key, absent)!r}" for key in sorted({*a, *b}) if a.get(key, absent) != b.get(key, absent) and not skip(key)]

@@ -1,0 +1,246 @@
+"""A run: what a resolved recipe stands for, put together and trained; the calls are those that a script of your own would make.
+
+`Run` builds tokenizer, loaders, model, optimizer and loss from a config; `train_run` starts or resumes it in its work folder, which holds
+
+    checkpoints/  tokenizer/  metrics.jsonl  tensorboard/  quarantine.jsonl  loss.png  summary.json
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bigflax import chips, data, models, optim, recipes, sharding, tasks, train, trees, yardsticks
+from bigflax.checkpoint import Checkpoints
+from bigflax.curves import plot_curves, points, terminal_curve
+from bigflax.data.quality import Quality
+from bigflax.flops import count_flops
+from bigflax.generate import generate
+from bigflax.metrics import Meter
+from bigflax.writers import open_writers, read_jsonl
+
+STOPPED = 75  # EX_TEMPFAIL: "start me again", for a launcher that restarts
+
+
+def _options(section: ConfigDict, *without: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in without}
+
+
+class Run:
+    """The parts of a run, each made on first use from `config` (a resolved recipe), its files under `config.work`."""
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.work = config, config.work
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return sharding.make_mesh(**self.config.mesh)
+
+    @functools.cached_property
+    def quality(self) -> Quality:
+        c = self.config.data
+        quarantine = os.path.join(self.work, "quarantine.jsonl") if self.work else None
+        return Quality(c.bad_records, c.max_bad, quarantine, c.max_line, c.field)
+
+    @functools.cached_property
+    def sources(self) -> list[tuple[data.Source, float]]:
+        """The sources and their weights: one section, or a sequence of them each with a `weight`."""
+        said = self.config.data.source
+        sections = [said] if isinstance(said, ConfigDict | dict) else list(said)
+        return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
+
+    def check(self) -> None:
+        """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
+        sharding.check_batch(self.config.data.batch_size, self.mesh)
+        optim.make(**self.config.optimizer, steps=self.config.fit.steps, axes={})
+        assert self.sources
+
+    def records(self, split: str) -> list[data.Records]:
+        c = self.config.data
+        return [data.Records(source, self.quality, split, c.validation_fraction, c.split_by) for source, _ in self.sources]
+
+    @functools.cached_property
+    def tokenizer(self) -> data.Tokenizer:
+        """That of the work folder where there is one, so that a resumed run never trains another."""
+        c, kept = self.config.tokenizer, os.path.join(self.work, "tokenizer")
+        if self.work and os.path.exists(os.path.join(kept, "tokenizer.json")):
+            return data.load_tokenizer(kept)
+        if c.kind == "bpe":
+            texts = (text for records in self.records("train") for text in data.sample_texts(records, seed=self.config.seed))
+            made = data.train_bpe(texts, c.vocab_size, max_bytes=c.max_bytes)
+        elif c.kind in ("bytes", "file"):
+            made = data.load_tokenizer("bytes" if c.kind == "bytes" else c.path, **({"mask": c.mask} if c.mask else {}))
+        else:
+            raise ValueError(f"unknown tokenizer kind {c.kind!r}; {trees.did_you_mean(c.kind, ('bpe', 'bytes', 'file'), 'there are')}")
+        if self.work and jax.process_index() == 0:
+            made.save(kept)
+        return made
+
+    def loader(self, split: str) -> data.Loader:
+        """Endless for "train"; one pass over "validation"."""
+        options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field")
+        if split != "train":
+            options |= {"workers": 0, "shards": None}
+        return data.text_batches(
+            self.sources, self.tokenizer, split=split, seed=self.config.seed, repeat=split == "train", mesh=self.mesh, quality=self.quality, **options
+        )
+
+    @functools.cached_property
+    def model(self) -> models.nn.Model:
+        c = self.config.model
+        size, needed = c.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size
+        if size < needed:
+            raise ValueError(f"model.vocab_size {size} is smaller than the tokenizer's {needed}")
+        return models.create(**{**_options(c), "size": None, "vocab_size": size})
+
+    @functools.cached_property
+    def tx(self):
+        return optim.make(**self.config.optimizer, steps=self.config.fit.steps, axes=self.model.axes)
+
+    @functools.cached_property
+    def loss_fn(self) -> tasks.LossFn:
+        return tasks.create(**self.config.task, model=self.model, token_bytes=self.tokenizer.token_bytes())
+
+    def state_like(self) -> train.State:
+        return train.state_like(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes)
+
+    def init_state(self) -> train.State:
+        return train.init_state(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed)
+
+    def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
+        """`state -> metrics` over the whole validation split."""
+        step, loader = train.eval_step(self.loss_fn, self.mesh), self.loader("validation")
+        return lambda state: train.evaluate(step, state.weights, loader)
+
+    def flops_per_step(self, loader: data.Loader) -> int:
+        """Three times the forward pass: one for it, two for the gradients of weights and activations. Recomputation is not counted."""
+        return 3 * count_flops(lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[0].total, self.model.shapes(), loader.spec)
+
+    def sample(self, params: Any) -> str | None:
+        """The continuation of the recipe's prompt, or None where the recipe has none or the model cannot continue."""
+        c = self.config.sample
+        if not c.prompt or self.config.data.objective != "causal":
+            return None
+        ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(c.prompt)])[None]
+        with sharding.tracing_on(self.mesh):
+            tokens = generate(self.model, params, ids, **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed))
+        new = np.asarray(tokens)[0].tolist()
+        end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
+        return c.prompt + self.tokenizer.decode(new[:end])
+
+
+def train_run(config: ConfigDict, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
+    """Trains, or continues, the run of `config.work`; returns the exit code: 0, or STOPPED where a signal ended it early."""
+    began = time.perf_counter()
+    run = Run(config)
+    first = jax.process_index() == 0
+    say = say if first else lambda text: None
+    watch = train.Watch(**config.watch)
+    mode = "max" if config.watch.mode == "max" else "min"
+    best = (config.watch.metric, mode) if config.fit.eval_every else None
+    with Checkpoints(os.path.join(config.work, "checkpoints"), best=best, **config.checkpoint) as checkpoints, train.StopSignal() as stop:
+        at = checkpoints.latest()
+        if at is not None:
+            meta = checkpoints.meta(at)
+            check_same(meta["config"], config, allow_changes, say)
+            watch.best, watch.idle = (meta.get("watch") or {"best": None, "idle": 0}).values()
+            if (at >= config.fit.steps or watch.ended) and summarized(config.work) == at:
+                say(f"{config.work} holds the finished run of {at} steps; for another one use another --config.work")
+                return 0
+        run.check()
+        loader = run.loader("train")
+        loader.start()  # reads ahead while the model compiles
+        say(describe(run))
+        if at is None:
+            state = run.init_state()
+        else:
+            restored = checkpoints.restore(run.state_like())
+            state = restored.state
+            loader.restore(restored.data)
+            say(f"resumed from step {at} of {checkpoints.folder}")
+        step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, **config.step)
+        writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
+        meter = Meter(flops_per_step=run.flops_per_step(loader), peak_flops=chips.peak_flops(), total_steps=config.fit.steps)
+        try:
+            state = train.fit(
+                state, step, loader, **config.fit, evaluate=run.evaluator(), checkpoints=checkpoints,
+                meta={"config": recipes.flat(config)}, write=writers.write, meter=meter, watch=watch, stop=stop,
+            )  # fmt: skip
+        finally:
+            writers.close()
+            loader.close()
+    if stop.received is not None and int(state.step) < config.fit.steps:
+        say(f"stopped by {stop.received} at step {int(state.step)}; everything is saved, the same command continues")
+        return STOPPED
+    text = run.sample(state.weights)
+    if first:
+        summarize(run, int(state.step), text, time.perf_counter() - began, say)
+    return 0
+
+
+def summarized(work: str) -> int | None:
+    """The step of the last summary, which is the last thing that a run writes; None where there is none."""
+    try:
+        with open(os.path.join(work, "summary.json")) as file:
+            return json.load(file)["steps"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_same(saved: Mapping[str, Any], config: ConfigDict, allow_changes: bool, say: Callable[[str], None]) -> None:
+    """Compares the recipe of a run with that of its continuation. Raises ValueError, unless allowed, where they would learn differently."""
+    changes = recipes.diff(saved, recipes.flat(config), ignore=(*recipes.HARMLESS, "mesh"))
+    if changes and not allow_changes:
+        raise ValueError(
+            f"{config.work} holds a run of another recipe ({'; '.join(changes)}); use another --config.work, or --allow-changes to continue it with this one"
+        )
+    for change in changes:
+        say(f"changed: {change}")
+
+
+def describe(run: Run) -> str:
+    """One line: the model's size, the mesh, the batch."""
+    c, shapes = run.config, run.model.shapes()
+    mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    return (
+        f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), vocabulary {run.tokenizer.vocab_size}; "
+        f"batch {c.data.batch_size} x {c.data.length} tokens; {jax.devices()[0].device_kind}, {mesh}"
+    )
+
+
+def summarize(run: Run, step: int, text: str | None, seconds: float, say: Callable[[str], None]) -> None:
+    """The end of a run: the curve as PNG and in the terminal, held-out figures beside the yardsticks, a sample; all in summary.json too."""
+    config, history = run.config, read_jsonl(os.path.join(run.work, "metrics.jsonl"))
+    plot_curves(history, os.path.join(run.work, "loss.png"))
+    say("\n" + terminal_curve(*points(history, "loss")) + "\n")
+    final: dict[str, Any] = {}
+    for record in history:
+        final |= {name: value for name, value in record.items() if name != "step"}
+    summary = {"steps": step, "seconds": round(seconds, 1), **{name: final[name] for name in final if name.startswith("eval/")}}
+    if config.yardsticks:
+        summary |= measure_yardsticks(run)
+    for name, value in summary.items():
+        say(f"{name.replace('eval/', 'held-out ').replace('_', ' '):<28} {value:,.4g}")
+    if text is not None:
+        say(f"\n{'sample':-^72}\n{text}\n{'':-^72}")
+    say(f"\ncheckpoints, metrics and loss.png are in {run.work}")
+    with open(os.path.join(run.work, "summary.json"), "w") as file:
+        json.dump({**summary, "sample": text}, file, indent=1)
+
+
+def measure_yardsticks(run: Run) -> dict[str, float]:
+    """What gzip, xz and a counting 3-gram model need for the held-out text, in bits per byte."""
+    read = lambda split: "".join(text for records in run.records(split) for text in data.sample_texts(records)).encode()
+    held_out = read("validation")
+    return {
+        "held_out_bytes": len(held_out),
+        "gzip_-9_bits_per_byte": yardsticks.gzip_bits_per_byte(held_out),
+        "xz_-9_bits_per_byte": yardsticks.xz_bits_per_byte(held_out),
+        "3-gram_bits_per_byte": yardsticks.ngram_bits_per_byte(read("train"), held_out),
+    }

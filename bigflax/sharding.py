@@ -1,0 +1,174 @@
+"""Layout: one mesh, one table from axis names to mesh axes, and everything's sharding read off the two.
+
+A weight names its axes where it is declared ("embed -> mlp"), an activation where it is constrained (`constrain(x, "batch", "seq", None)`).
+TABLE says which mesh axis carries which name. The meshes' axes, outermost first:
+
+    slice     slices of a multi-slice TPU, over the data-centre network        data     copies of the model
+    stage     pipeline stages                                                  fsdp     weights sharded over copies (ZeRO-3)
+    expert    experts of a mixture                                             context  pieces of a sequence
+    tensor    heads, mlp columns and vocabulary within a layer
+
+An axis of size 1 costs nothing. The mesh is always of Auto axes and always passed explicitly; nothing here depends on an ambient mesh.
+Left out on purpose: sharding by weight name. Names of axes say the same with a tenth of the rules.
+"""
+
+import contextlib
+import contextvars
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bigflax import trees
+from bigflax.weights import is_typed, parse_axes, part_axes
+
+MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
+
+Table = Mapping[str, Any]
+TABLE: Table = {
+    "batch": ("slice", "data", "fsdp"),
+    "seq": "context",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+}
+
+_tracing: contextvars.ContextVar[tuple[Mesh, Table] | None] = contextvars.ContextVar("bigflax_mesh", default=None)
+
+
+def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh of the named axes in the order of MESH_AXES: `make_mesh(data=2, fsdp=-1)`; one size may be -1 and takes the rest.
+
+    Without sizes, all devices lie on `data`. Raises ValueError for an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    for axis in sizes:
+        if axis not in MESH_AXES:
+            raise ValueError(f"unknown mesh axis {axis!r}; {trees.did_you_mean(axis, MESH_AXES, 'the axes are')}")
+    sizes = {axis: sizes[axis] for axis in MESH_AXES if axis in sizes} or {"data": -1}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    wild = [axis for axis, size in sizes.items() if size == -1]
+    said = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if len(wild) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {said}: sizes are at least 1, and one of them may be -1 (takes the rest)")
+    if wild:
+        sizes[wild[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh {said} needs a multiple of {fixed} devices, but there are {len(devices)}" if wild else
+                         f"mesh {said} needs {fixed} devices, but there are {len(devices)}; give one axis the size -1 to take what is there")  # fmt: skip
+    auto = (AxisType.Auto,) * len(sizes)  # jax.make_mesh's own default is Explicit: say it
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+
+
+def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, table: Table = TABLE) -> PartitionSpec:
+    """Which mesh axes carry each dimension of an array whose axes bear these names.
+
+    Each mesh axis is used once, by the first dimension that asks for it. A dimension that an axis does not divide stays whole on it
+    (a vocabulary of 50257 over tensor=2): such an array is replicated there, never padded.
+    """
+    used: set[str] = set()
+    parts = []
+    for name, size in zip(names, shape, strict=True):
+        wanted = table.get(name) if name is not None else None
+        chosen: list[str] = []
+        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+            share = math.prod(mesh.shape[a] for a in chosen) * mesh.shape.get(axis, 1)
+            if mesh.shape.get(axis, 1) > 1 and axis not in used and size % share == 0:
+                chosen.append(axis)
+        used.update(chosen)
+        parts.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+def shardings(params: Any, axes: Any, mesh: Mesh, table: Table = TABLE) -> Any:
+    """A NamedSharding for every array of `params` (arrays or ShapeDtypeStructs, typed weights included).
+
+    `axes` is a tree of strings as the model declares them, with one string where `params` may hold a typed weight. None (a plain
+    function, which names nothing) shards the largest dimension of each weight over fsdp.
+    """
+    if axes is None:
+        return jax.tree.map(lambda w: NamedSharding(mesh, spec(_largest(w.shape), w.shape, mesh, table)), params)
+    per_part = jax.tree.map(lambda w, text: part_axes(w, text), params, axes, is_leaf=is_typed)
+    return jax.tree.map(lambda w, text: NamedSharding(mesh, spec(_names(text, w.shape), w.shape, mesh, table)), params, per_part)
+
+
+def _largest(shape: Sequence[int]) -> list[str | None]:
+    best = int(np.argmax(shape)) if len(shape) > 1 else -1
+    return ["embed" if i == best else None for i in range(len(shape))]
+
+
+def _names(text: str, shape: Sequence[int]) -> tuple[str, ...]:
+    names = parse_axes(text).names
+    if len(names) != len(shape):
+        raise ValueError(f"axes {text!r} name {len(names)} dimensions, but the weight has shape {tuple(shape)}")
+    return names
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_axes(mesh: Mesh, table: Table = TABLE) -> tuple[str, ...]:
+    """The mesh axes over which a batch lies, those of size 1 left out."""
+    wanted = table["batch"]
+    return tuple(a for a in ((wanted,) if isinstance(wanted, str) else wanted) if mesh.shape.get(a, 1) > 1)
+
+
+def batch_sharding(mesh: Mesh, table: Table = TABLE) -> NamedSharding:
+    """How a batch lies: its first dimension over `batch_axes`."""
+    axes = batch_axes(mesh, table)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
+
+
+def check_batch(size: int, mesh: Mesh, table: Table = TABLE) -> None:
+    """Raises ValueError where a batch of `size` does not divide over the devices that carry it."""
+    axes = batch_axes(mesh, table)
+    parts = math.prod(mesh.shape[a] for a in axes)
+    if size % parts:
+        near = max(parts, size - size % parts)
+        raise ValueError(f"batch {size} does not divide over {parts} devices on axes {', '.join(map(repr, axes))}; nearest is {near}")
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Says how an activation lies, inside a step; outside of `tracing_on` it does nothing, so models run anywhere."""
+    current = _tracing.get()
+    if current is None or math.prod(current[0].shape.values()) == 1:
+        return x
+    mesh, table = current
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, table)))
+
+
+@contextlib.contextmanager
+def tracing_on(mesh: Mesh | None, table: Table = TABLE):
+    """While a function is traced inside, `constrain` speaks of this mesh."""
+    token = _tracing.set(None if mesh is None else (mesh, table))
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+def start_hosts(*, coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300) -> None:
+    """Joins this process to the others before JAX is first used; on Cloud TPU, GKE and Slurm the arguments are found by themselves.
+
+    On a CPU the hosts talk through gloo. Raises RuntimeError, in one sentence, when the others do not appear within `timeout` seconds.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, processes, index, initialization_timeout=timeout)
+    except Exception as error:
+        raise RuntimeError(
+            f"process {index} on {socket.gethostname()} could not join {processes or 'the'} processes at {coordinator or 'the coordinator'} "
+            f"within {timeout} s: start all of them, with one address and distinct indices ({str(error).splitlines()[0][:200]})"
+        ) from None

@@ -1,0 +1,342 @@
+"""Training: a state, a step made from your loss, and a short loop that you may paste instead.
+
+    state = init_state(model.init, tx, mesh=mesh, axes=model.axes)       born sharded: no device ever holds a whole copy
+    step = train_step(loss_fn, tx, state, accumulate=4)                  one compiled program, its input donated
+    for batch in loader:
+        state, metrics = step(state, batch)
+
+`loss_fn(params, batch, rng)` returns a loss, or `(loss, metrics)`. Loss and metrics are scalars or `Mean(total, count)`; with a Mean, the
+gradient is that of sum(total) / sum(count) over all micro-batches and hosts, however unevenly tokens fall on them. The state's randomness is
+a function of (seed, step), so a resumed run needs no key. Nothing here knows of Flax: `init` is any function from a key to a tree of arrays,
+or such a tree.
+
+What trains and what is frozen are two trees: `state.params` is differentiated and optimized; `state.frozen` rides beside it with None where
+the other has a weight. Integer leaves and quantized weights are always frozen.
+
+Left out on purpose: a Trainer class, callbacks, and the gradient of anything that is not `params`.
+"""
+
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigflax import optim, trees
+from bigflax.metrics import Mean, Meter, as_floats, combine
+from bigflax.sharding import TABLE, Table, replicated, shardings, tracing_on
+from bigflax.weights import trainable
+
+
+class State(NamedTuple):
+    """All that training changes. `skipped` counts the steps whose loss or gradient was not finite and which changed nothing."""
+
+    step: jax.Array
+    params: Any
+    frozen: Any
+    opt: Any
+    skipped: jax.Array
+
+    @property
+    def weights(self) -> Any:
+        """The whole tree, frozen weights included: what `apply` takes."""
+        return trees.combine(self.params, self.frozen)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.step.sharding.mesh  # type: ignore[attr-defined]
+
+
+# -- the state -------------------------------------------------------------------------------------------------------------
+
+
+def state_like(
+    init: Any, tx: optax.GradientTransformation, *, mesh: jax.sharding.Mesh, axes: Any = None, freeze: trees.Rules = (), table: Table = TABLE
+) -> State:
+    """The State that `init_state` would make, as ShapeDtypeStructs with shardings: to restore into, or to plan with."""
+    return _born(init, tx, mesh, axes, 0, freeze, table)[0]
+
+
+def init_state(
+    init: Any, tx: optax.GradientTransformation, *, mesh: jax.sharding.Mesh, axes: Any = None, seed: int = 0,
+    freeze: trees.Rules = (), table: Table = TABLE,
+) -> State:  # fmt: skip
+    """A sharded State: weights by `axes` and the table (None: the largest dimension over fsdp), moments as their weights.
+
+    `init` is a function from a key to params, run on the mesh so that every device makes its own part, or a tree of weights, which is
+    copied. `freeze` are rules over leaf names: `[("blocks/.*", True)]`. Raises ValueError where nothing is left to train.
+    """
+    like, make, source = _born(init, tx, mesh, axes, seed, freeze, table)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda s: s.sharding, like))(source)
+
+
+def _born(init, tx, mesh, axes, seed, freeze, table):
+    # jit hands an input that it returns unchanged back as the same buffer, which the step would then donate: hence the copy.
+    weights = init if callable(init) else lambda params: jax.tree.map(jnp.copy, params)
+    source = jax.random.key(seed) if callable(init) else init
+    shapes = jax.eval_shape(weights, source)
+    frozen = trees.apply_rules(freeze, shapes, default=False)
+    trains = jax.tree.map(lambda can, no: can and not no, trainable(shapes), frozen)
+    if not any(jax.tree.leaves(trains)):
+        raise ValueError("nothing trains: the freeze rules and the weights' types leave no weight; freeze less")
+
+    def make(source: Any) -> State:
+        params, rest = trees.partition(weights(source), trains)
+        return State(jnp.zeros((), jnp.int32), params, rest, tx.init(params), jnp.zeros((), jnp.int32))
+
+    params, rest = trees.partition(shardings(shapes, axes, mesh, table), trains)
+    like = jax.eval_shape(make, source)
+    place = lambda tree, where: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+    like = like._replace(params=place(like.params, params), frozen=place(like.frozen, rest))
+    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
+    like = like._replace(step=whole(like.step), skipped=whole(like.skipped), opt=place(like.opt, opt_shardings(like.opt, like.params, mesh)))
+    return like, make, source
+
+
+def opt_shardings(opt: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Optimizer state lies as its weights: a leaf whose name ends in a weight's name and has its shape takes its sharding; the rest is whole."""
+    weights = {tuple(name.split("/")): leaf for name, leaf in trees.named_leaves(params)}
+
+    def one(name, leaf):
+        path = tuple(name.split("/"))
+        owner = next((weights[path[i:]] for i in range(len(path)) if path[i:] in weights), None)
+        return owner.sharding if owner is not None and owner.shape == leaf.shape else replicated(mesh)
+
+    return trees.map_named(one, opt)
+
+
+# -- the step --------------------------------------------------------------------------------------------------------------
+
+Step = Callable[[State, Any], tuple[State, dict[str, Any]]]
+
+
+def train_step(
+    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, seed: int = 0, table: Table = TABLE
+) -> Step:
+    """The compiled step `(state, batch) -> (state, metrics)`: the state is donated and comes back as it lay, so it compiles once.
+
+    `accumulate` splits the batch into that many micro-batches, weighed by their counts. A step whose loss or gradient norm is not finite
+    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own.
+    """
+    same = jax.tree.map(lambda x: x.sharding, state)
+    mesh = state.mesh
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        with tracing_on(mesh, table):
+            rng = jax.random.fold_in(jax.random.key(seed), state.step)
+            grads, loss, metrics = gradients(loss_fn, state.params, state.frozen, batch, rng, accumulate)
+            norm = optim.global_norm(grads)
+            updates, opt = tx.update(grads, state.opt, state.params)
+            good = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+            params = keep(optax.apply_updates(state.params, updates), state.params)
+            state = State(state.step + 1, params, state.frozen, keep(opt, state.opt), state.skipped + ~good)
+        return state, {"loss": loss, **metrics, "grad_norm": norm}
+
+    # The frozen tree is passed apart from what is donated, so that it may be shared between states.
+    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None))
+    def compiled(changing, frozen, batch):
+        new, metrics = step(changing._replace(frozen=frozen), batch)
+        return new._replace(frozen=None), metrics
+
+    def call(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        new, metrics = compiled(state._replace(frozen=None), state.frozen, batch)
+        return new._replace(frozen=state.frozen), metrics
+
+    call.compiled = compiled  # type: ignore[attr-defined]  # for whoever wants its text, cost or cache size
+    return call
+
+
+def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple[Any, Mean, dict[str, Mean]]:
+    """Gradient of the mean loss over the whole batch, the loss, and its metrics; micro-batch i holds the rows i, i + accumulate, ..."""
+
+    def total(params, batch, rng):
+        loss, metrics = split_loss(loss_fn(trees.combine(params, frozen), batch, rng))
+        return loss.total, (loss, metrics)
+
+    def one(batch, rng):
+        (_, (loss, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params, batch, rng)
+        return grads, loss, metrics
+
+    if accumulate == 1:
+        sums = one(batch, rng)
+    else:
+        micro = jax.tree.map(lambda x: _micro_batches(x, accumulate), batch)
+        add = lambda sums, new: jax.tree.map(jnp.add, sums, new)
+        body = lambda sums, i_batch: (add(sums, one(i_batch[1], jax.random.fold_in(rng, i_batch[0]))), None)
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), rng))
+        sums, _ = jax.lax.scan(body, start, (jnp.arange(accumulate), micro))
+    grads, loss, metrics = sums
+    # A batch without a single real token has nothing to teach: gradient 0, not NaN.
+    scale = 1.0 / jnp.maximum(loss.count, 1).astype(jnp.float32)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), loss, metrics
+
+
+def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
+    if x.shape[0] % parts:
+        raise ValueError(f"batch {x.shape[0]} does not divide into accumulate={parts} micro-batches; nearest is {x.shape[0] - x.shape[0] % parts}")
+    # Rows i, i + parts, ...: every device keeps its own rows, where contiguous pieces would move them all.
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def split_loss(result: Any) -> tuple[Mean, dict[str, Mean]]:
+    """`loss` or `(loss, metrics)`, each scalar made a Mean of count 1."""
+    loss, metrics = result if isinstance(result, tuple) else (result, {})
+    mean = lambda x: x if isinstance(x, Mean) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
+    return mean(loss), {name: mean(value) for name, value in metrics.items()}
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------------
+
+
+def eval_step(loss_fn: Callable[..., Any], mesh: jax.sharding.Mesh | None = None, table: Table = TABLE) -> Callable[[Any, Any], dict[str, Mean]]:
+    """The compiled `(weights, batch) -> {"loss": Mean, ...}`, without randomness."""
+
+    @jax.jit
+    def step(params, batch):
+        with tracing_on(mesh, table):
+            loss, metrics = split_loss(loss_fn(params, batch, None))
+        return {"loss": loss, **metrics}
+
+    return step
+
+
+def evaluate(step: Callable[[Any, Any], dict[str, Mean]], params: Any, batches: Iterable[Any], *, limit: int | None = None) -> dict[str, float]:
+    """The metrics of `step` over all batches (or the first `limit`), every token or example weighing the same."""
+    return as_floats(combine(step(params, batch) for batch in itertools.islice(batches, limit)))
+
+
+# -- the loop --------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Follows one metric over evaluations: which was best, and whether `patience` of them in a row brought nothing better."""
+
+    def __init__(self, metric: str, mode: str = "min", patience: int | None = None):
+        self.metric, self.mode, self.patience = metric, mode, patience
+        self.best, self.idle = None, 0
+
+    def see(self, values: Mapping[str, float]) -> bool:
+        """Takes in an evaluation; True where training should end. Raises ValueError where the metric is not among the values."""
+        if self.metric not in values:
+            raise ValueError(f"no metric {self.metric!r} to watch; {trees.did_you_mean(self.metric, values, 'the evaluation has')}")
+        value = values[self.metric]
+        better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
+        self.best, self.idle = (value, 0) if better else (self.best, self.idle + 1)
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        return self.patience is not None and self.idle >= self.patience
+
+
+class StopSignal:
+    """Between `with` and its end, SIGTERM and SIGINT ask for a stop after the running step; a second one ends at once."""
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)):
+        self.signals, self.received = signals, None
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """True where any host was asked to stop; every host must call this at the same step."""
+        if jax.process_count() == 1:
+            return self.received is not None
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(jnp.int32(self.received is not None)).any())
+
+
+def fit(
+    state: State, step: Step, loader: Any, *, steps: int, log_every: int = 10, eval_every: int | None = None, save_every: int | None = None,
+    save_minutes: float = 10.0, profile: str | None = None, evaluate: Callable[[State], Mapping[str, float]] | None = None,
+    checkpoints: Any = None, meta: Mapping[str, Any] | None = None, write: Callable[[int, Mapping[str, float]], None] | None = None,
+    meter: Meter | None = None, watch: Watch | None = None, stop: StopSignal | None = None,
+) -> State:  # fmt: skip
+    """Trains until `steps`, the end of the data, an early stop, or a stop signal; saves at the end whatever the reason.
+
+    Every `log_every` steps `write(step, record)` gets the interval's metrics and rates; every `eval_every` what `evaluate(state)` returns,
+    its names behind "eval/". `checkpoints` (a `checkpoint.Checkpoints`) gets the state, the loader's position and `meta` every `save_every` steps,
+    every `save_minutes`, and after each evaluation that `watch` finds best. `profile` names a folder for a trace of five steps.
+    """
+    meter, write = meter or Meter(total_steps=steps), write or (lambda step, record: None)
+    at, batches, waiting, stall = int(state.step), iter(loader), [], 0.0
+    saved_at, clock, saved_time = at, time.perf_counter(), time.perf_counter()
+    evaluated, evaluated_at = {}, -1
+    first, done = at, watch is not None and watch.ended
+
+    def save() -> None:
+        nonlocal saved_at, saved_time
+        if checkpoints is not None and saved_at != at:
+            watched = {} if watch is None else {"watch": {"best": watch.best, "idle": watch.idle}}
+            checkpoints.save(at, state, data=loader.state(), meta={**(meta or {}), **watched}, metrics=evaluated if evaluated_at == at else None)
+        saved_at, saved_time = at, time.perf_counter()
+
+    while at < steps and not done:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            break
+        # The device stood still only if its last step had ended by the time the batch came.
+        if not waiting or waiting[-1]["loss"].total.is_ready():
+            stall += time.perf_counter() - asked
+        if profile and at == first + 5:
+            jax.profiler.start_trace(profile)
+        state, metrics = step(state, batch)
+        at += 1
+        waiting.append(metrics)
+        if len(waiting) > 1:
+            jax.block_until_ready(waiting[-2]["grad_norm"])  # one step ahead of the device, no more: batches would pile up in its memory
+        if profile and at in (first + 10, steps):
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            profile = None
+        if at % log_every == 0 or at == steps:
+            sums = combine(waiting)
+            now = time.perf_counter()
+            rates = meter.record(len(waiting), now - clock, stall, step=at, tokens=sums["loss"].count if sums["loss"].count > len(waiting) else None)
+            write(at, {**as_floats(sums), **rates, "skipped": int(state.skipped)})
+            waiting, stall, clock = [], 0.0, now
+        if evaluate is not None and eval_every and (at % eval_every == 0 or at == steps):
+            paused = time.perf_counter()
+            evaluated, evaluated_at = {name: float(value) for name, value in evaluate(state).items()}, at
+            write(at, {f"eval/{name}": value for name, value in evaluated.items()})
+            if watch is not None:
+                done = watch.see(evaluated)
+                if watch.idle == 0:
+                    save()
+            clock += time.perf_counter() - paused
+        if stop is not None and (jax.process_count() == 1 or at % log_every == 0) and stop.agreed():
+            done = True
+        if (save_every and at % save_every == 0) or _due(saved_time, save_minutes, at % log_every == 0):
+            paused = time.perf_counter()
+            save()
+            clock += time.perf_counter() - paused
+    save()
+    return state
+
+
+def _due(since: float, minutes: float, agreed_moment: bool) -> bool:
+    """Whether it is time to save. Hosts' clocks differ, so several hosts ask the first one, at the moments all of them ask."""
+    if jax.process_count() == 1:
+        return time.perf_counter() - since > 60 * minutes
+    if not agreed_moment:
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(jnp.int32(time.perf_counter() - since > 60 * minutes)))

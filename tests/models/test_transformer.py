@@ -1,0 +1,325 @@
+"""The laws of the transformer families: every family in FAMILIES is held to every law below. A new family joins the table and gets them all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bigflax import models, ops, trees, weights
+
+T, VOCAB, LAYERS = 8, 40, 3
+# name -> (family, config); 3 layers, so that no number of heads is taken for it
+FAMILIES = {
+    "gpt2": ("gpt2", dict(n_embd=32, n_layer=LAYERS, n_positions=16)),
+    "llama": ("llama", dict(hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)),
+    "bert": ("bert", dict(hidden_size=32, num_hidden_layers=LAYERS, intermediate_size=48, max_position_embeddings=16)),
+}
+ENCODERS = {"bert"}
+each_family = pytest.mark.parametrize("name", FAMILIES)
+# float32: the same sums in another order, through 3 layers, for logits of size 1 to 10
+CLOSE = dict(rtol=0, atol=1e-4)
+
+
+def create(name, **more):
+    family, config = FAMILIES[name]
+    return models.create(family, size="tiny", vocab_size=VOCAB, **{**config, **more})
+
+
+@functools.cache
+def made(name):
+    """A model, weights of which none is zero or one (a bias that is forgotten must be missed), and its compiled apply."""
+    model, rng = create(name), np.random.default_rng(0)
+    draw = lambda axes, s: rng.normal(size=s.shape) * (0.3 if "embed" in axes else 0.1) + (axes.endswith("norm") and 1)
+    params = jax.tree.map(lambda axes, s: jnp.asarray(draw(axes, s), jnp.float32), model.axes, model.shapes())
+    return model, params, jax.jit(model.apply, static_argnames=("logits", "hidden_states"))
+
+
+def ids_of(rows, length=T, seed=1):
+    return np.random.default_rng(seed).integers(0, VOCAB, (rows, length))
+
+
+def logits_of(name, params=None, **inputs):
+    _, ours, apply = made(name)
+    return np.asarray(apply(ours if params is None else params, **inputs)["logits"])
+
+
+@functools.cache
+def alone(name, length):
+    """A document and its logits with nothing beside it."""
+    ids = ids_of(1, length, seed=length)
+    return ids[0], logits_of(name, input_ids=ids)[0]
+
+
+# -- the tree --------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with the masked-LM head, whose decoder is tied)
+    ("gpt2", "124m"): 124_439_808,
+    ("gpt2", "355m"): 354_823_168,
+    ("gpt2", "774m"): 774_030_080,
+    ("gpt2", "1.5b"): 1_557_611_200,
+    ("llama", "llama2-7b"): 6_738_415_616,
+    ("llama", "llama2-13b"): 13_015_864_320,
+    ("llama", "llama3-8b"): 8_030_261_248,
+    ("llama", "llama3-70b"): 70_553_706_496,
+    ("bert", "base"): 109_514_298,
+    ("bert", "large"): 335_174_458,
+    ("bert", "minilm-l6"): 22_713_216 - 384 * 385 + (384 * 385 + 2 * 384 + 30_522),  # published with a pooler and without a head
+}
+
+
+@pytest.mark.parametrize("family, size", PUBLISHED, ids=" ".join)
+def test_parameter_count(family, size):
+    assert trees.count(models.create(family, size=size).shapes()) == PUBLISHED[family, size]
+
+
+def test_every_published_size_is_counted():
+    assert set(PUBLISHED) == {(name, size) for name in models.FAMILIES for size in models.family(name).SIZES if size != "tiny"}
+    assert {family for family, _ in FAMILIES.values()} == set(models.FAMILIES)
+
+
+@each_family
+def test_axes_name_every_dimension(name):
+    model = made(name)[0]
+    shapes, axes = dict(trees.named_leaves(model.shapes())), dict(trees.named_leaves(model.axes))
+    assert list(shapes) == list(axes)
+    for leaf, shape in shapes.items():
+        ax = weights.parse_axes(axes[leaf])
+        assert len(ax.names) == len(shape.shape), leaf
+        assert (ax.stack == ("layers",) and shape.shape[0] == LAYERS) if leaf.startswith("blocks/") else ax.stack == (), leaf
+        assert shape.dtype == jnp.float32, leaf
+    assert all(row in model.summary() for row in shapes)
+
+
+@each_family
+def test_fresh_weights(name):
+    """Matrices are normal (0.02, the ones that write to a decoder's residual stream over sqrt(2 L)), each layer its own; a fresh model
+    knows nothing: its loss is log V."""
+    model = made(name)[0]
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert jax.tree.map(lambda w: (w.shape, w.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), model.shapes())
+    for leaf, w in trees.named_leaves(jax.device_get(params)):
+        if "scale" in leaf or "bias" in leaf or leaf.endswith("/b"):
+            np.testing.assert_array_equal(w, 1.0 if "scale" in leaf else 0.0, err_msg=leaf)
+            continue
+        small = name not in ENCODERS and leaf.rsplit("/", 1)[-1] in ("out", "down")
+        want = 0.02 / (2 * LAYERS) ** 0.5 if small else 0.02
+        # the deviation of n normal numbers is right to 1 / sqrt(2 n); five of those
+        assert abs(w.std() / want - 1) < 5 / (2 * w.size) ** 0.5, leaf
+        assert not leaf.startswith("blocks/") or not np.allclose(w[0], w[1]), leaf
+    logits = logits_of(name, params, input_ids=ids_of(1 + T))
+    assert abs(np.log(np.exp(logits).sum(-1)).mean() - np.log(VOCAB)) < 0.1
+
+
+# -- who sees whom ---------------------------------------------------------------------------------------------------------
+
+
+@each_family
+def test_a_token_changes_nothing_before_it(name):
+    """Row 1 + t differs from row 0 in token t: a decoder's logits differ from t on, an encoder's everywhere."""
+    ids = np.repeat(ids_of(1), 1 + T, axis=0)
+    ids[np.arange(1, 1 + T), np.arange(T)] += 1
+    ids %= VOCAB
+    logits = logits_of(name, input_ids=ids)
+    differs = np.abs(logits[1:] - logits[:1]).max(-1) > CLOSE["atol"]
+    want = np.ones((T, T), bool) if name in ENCODERS else np.triu(np.ones((T, T), bool))
+    np.testing.assert_array_equal(differs, want)
+
+
+@each_family
+def test_padding_changes_nothing(name):
+    """Neither on the right nor on the left, where positions start behind it; whatever tokens it consists of."""
+    ids, mask = ids_of(4), np.zeros((4, T), int)
+    places = [(0, slice(0, 3)), (1, slice(0, 5)), (2, slice(T - 3, T)), (3, slice(T - 5, T))]
+    for row, place in places:
+        ids[row, place], mask[row, place] = alone(name, place.stop - place.start)[0], 1
+    logits = logits_of(name, input_ids=ids, attention_mask=mask, position_ids=np.maximum(mask.cumsum(1) - 1, 0))
+    for row, place in places:
+        np.testing.assert_allclose(logits[row, place], alone(name, place.stop - place.start)[1], **CLOSE)
+    assert np.isfinite(logits).all()
+
+
+@each_family
+def test_packed_documents_do_not_see_each_other(name):
+    """Two documents in a row, in both orders and with padding between and behind: each has the logits that it has alone."""
+    rows, (three, five) = [(3, 5), (5, 3)], (alone(name, 3), alone(name, 5))
+    docs = {3: three, 5: five}
+    ids = np.stack([np.concatenate([docs[n][0] for n in row] + [[7, 7]]) for row in rows])
+    segments = np.stack([np.repeat([1, 2, 0], [*row, 2]) for row in rows])
+    positions = np.stack([np.concatenate([np.arange(n) for n in (*row, 2)]) for row in rows])
+    logits = logits_of(name, input_ids=ids, segment_ids=segments, position_ids=positions)
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(logits[i, : row[0]], docs[row[0]][1], **CLOSE)
+        np.testing.assert_allclose(logits[i, row[0] : 8], docs[row[1]][1], **CLOSE)
+
+
+def test_token_types():
+    ids = ids_of(1 + T)
+    plain = logits_of("bert", input_ids=ids)
+    given = logits_of("bert", input_ids=ids, token_type_ids=np.arange(1 + T)[:, None] // 5 * np.ones((1, T), int))
+    np.testing.assert_allclose(given[:5], plain[:5], **CLOSE)
+    assert np.abs(given[5:] - plain[5:]).max((1, 2)).min() > 0.01
+
+
+# -- what comes out --------------------------------------------------------------------------------------------------------
+
+
+@each_family
+def test_hidden_states(name):
+    """The embedding, then every layer, the last as `last_hidden_state`, and the head's factors give the logits' cross-entropy."""
+    model, params, _ = made(name)
+    ids, labels = ids_of(2), ids_of(2, seed=2)
+    labels[0, :3] = -100
+
+    @jax.jit
+    def both(params):
+        out = model.apply(params, input_ids=ids, hidden_states=True)
+        head = model.apply(params, input_ids=ids, logits=False)
+        assert "logits" not in head
+        return out, ops.linear_cross_entropy(labels_BT=jnp.asarray(labels), **head["head"])[0]
+
+    out, loss = both(params)
+    assert len(out["hidden_states"]) == LAYERS + 1
+    np.testing.assert_array_equal(out["hidden_states"][-1], out["last_hidden_state"])
+    assert len({float(jnp.abs(x).sum()) for x in out["hidden_states"]}) == LAYERS + 1  # each another
+    if name == "llama":  # whose embedding is its rows alone
+        np.testing.assert_allclose(out["hidden_states"][0], params["embed"]["tokens"][ids], atol=1e-6)
+    want = optax.softmax_cross_entropy_with_integer_labels(out["logits"], jnp.maximum(labels, 0))
+    np.testing.assert_allclose(loss, np.where(labels == -100, 0, want), rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = {"remat dots": dict(remat="dots"), "remat full": dict(remat="full"), "unrolled": dict(unroll=True)}
+
+
+def loss_and_grad(model):
+    ids = ids_of(2)
+
+    def loss(params):
+        logits = model.apply(params, input_ids=ids)["logits"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, np.roll(ids, -1, 1)).mean()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.cache
+def plain_loss_and_grad(name):
+    return jax.device_get(loss_and_grad(made(name)[0])(made(name)[1]))
+
+
+slow_but = lambda quick: [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["gpt2"]))
+def test_neither_remat_nor_unrolling_changes_the_gradient(name, variant):
+    want_loss, want = plain_loss_and_grad(name)
+    loss, grads = jax.device_get(loss_and_grad(create(name, **variant))(made(name)[1]))
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for (leaf, g), (_, w) in zip(trees.named_leaves(grads), trees.named_leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * max(np.abs(w).max(), 0.1), err_msg=leaf)
+        assert np.abs(w).max() > 0 or leaf.endswith("k_bias"), leaf  # every weight learns; a bias of k moves all of a row's scores alike
+
+
+@each_family
+def test_remat_recomputes(name):
+    """Products in the traced program: "dots" repeats those of attention, "full" the layer's as well."""
+    products = [loss_and_grad(create(name, remat=remat)).lower(made(name)[1]).as_text().count("dot_general") for remat in ("none", "dots", "full")]
+    assert products[0] < products[1] < products[2], products
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])  # Llama has none
+def test_dropout_is_a_function_of_the_key_and_off_without_one(name):
+    model, params, apply = made(name)
+    ids = ids_of(1 + T)
+    one, again, other = (np.asarray(apply(params, input_ids=ids, rng=jax.random.key(k))["logits"]) for k in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    plain = logits_of(name, input_ids=ids)
+    for a, b in [(one, other), (one, plain), (other, plain)]:
+        assert (np.abs(a - b).max((1, 2)) > 0.01).all()  # in every row
+    rates = {"gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0), "bert": dict(hidden_dropout_prob=0.0)}[name]
+    text = jax.jit(create(name, **rates).apply).lower(params, input_ids=ids, rng=jax.random.key(0)).as_text()
+    assert "threefry" not in text  # a rate of 0 costs nothing
+
+
+@each_family
+def test_bfloat16_computes_narrow_over_float32_weights(name):
+    ids = ids_of(1 + T)
+    out = jax.jit(create(name, dtype="bfloat16").apply)(made(name)[1], input_ids=ids)
+    assert out["logits"].dtype == out["last_hidden_state"].dtype == jnp.bfloat16
+    assert {s.dtype for s in jax.tree.leaves(create(name, dtype="bfloat16").shapes())} == {jnp.dtype("float32")}
+    want, got = logits_of(name, input_ids=ids), np.asarray(out["logits"], np.float32)
+    # 8 bits of mantissa: 2^-8 a rounding, of which some dozens follow one another, against the spread of the logits
+    assert np.abs(got - want).max() < 0.15 * want.std()
+    assert np.abs(got - want).max() > 0
+
+
+# -- typed weights ---------------------------------------------------------------------------------------------------------
+
+
+def lora_over_int8(model, params):
+    """Every matrix of the blocks as LoRA over int8, b not zero."""
+
+    def one(leaf, w, axes):
+        if not leaf.startswith("blocks/") or not weights.parse_axes(axes).first:
+            return w
+        key = jax.random.fold_in(jax.random.key(0), len(leaf))
+        made = weights.lora(weights.quantize(w, "int8", axes=axes), 2, axes=axes, rng=key)
+        return weights.LoRA(made.base, made.a, 0.1 * jax.random.normal(key, made.b.shape), made.alpha)
+
+    return trees.map_named(one, params, model.axes)
+
+
+@pytest.mark.parametrize("name", slow_but(["llama"]))
+def test_lora_over_int8_trains_a_and_b_alone_under_scan_and_remat(name):
+    """And its logits are those of the arrays that the typed weights stand for."""
+    model, params, _ = made(name)
+    deep = create(name, remat="full")
+    typed = jax.jit(functools.partial(lora_over_int8, model))(params)
+    can = trees.named_leaves(weights.trainable(typed))
+    assert not any(trains for leaf, trains in can if "/base/" in leaf)
+    kept, rest = trees.partition(typed, trees.map_named(lambda leaf, _: leaf.endswith(("/a", "/b")) and leaf.startswith("blocks/"), typed))
+    ids = ids_of(1 + T)
+
+    @jax.jit
+    def run(kept, rest):
+        loss = lambda kept: (lambda out: (jnp.mean(out["logits"] ** 2), out["logits"]))(deep.apply(trees.combine(kept, rest), input_ids=ids))
+        return jax.value_and_grad(loss, has_aux=True)(kept)
+
+    (_, logits), grads = run(kept, rest)
+    grads = trees.named_leaves(jax.device_get(grads))
+    matrices = sum(bool(weights.parse_axes(axes).first) for leaf, axes in trees.named_leaves(model.axes) if leaf.startswith("blocks/"))
+    assert len(grads) == 2 * matrices
+    assert all(np.isfinite(g).all() and np.abs(g[i]).max() > 0 for _, g in grads for i in range(LAYERS))
+    dense = jax.tree.map(weights.dense, typed, is_leaf=weights.is_typed)
+    np.testing.assert_allclose(logits, logits_of(name, dense, input_ids=ids), **CLOSE)
+    assert np.abs(logits - logits_of(name, input_ids=ids)).max() > 0.1  # the update is not nothing
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "family": (dict(name="gpt3"), "unknown model family 'gpt3'; the families are 'gpt2'"),
+    "size": (dict(name="gpt2", size="124M"), "gpt2 has no size '124M'; the sizes are '124m'"),
+    "field": (dict(name="llama", hidden_sizes=3), "llama has no config field 'hidden_sizes'; the nearest names are 'hidden_size'"),
+    "activation": (dict(name="gpt2", size="tiny", activation_function="gelu_now"), "'gelu_now'.*'gelu_new'"),
+    "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
+    "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
+    "kv heads": (dict(name="llama", size="tiny", num_key_value_heads=3), "4 query heads do not divide over 3 kv heads"),
+}
+
+
+@pytest.mark.parametrize("options, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(**options)
+
+
+def test_inputs_that_cannot_be():
+    shape = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
+    model, params, _ = made("gpt2")
+    with pytest.raises(ValueError, match="attention_mask .* or segment_ids .* not both"):
+        jax.eval_shape(model.apply, params, input_ids=shape(T), attention_mask=shape(T), segment_ids=shape(T))
+    with pytest.raises(ValueError, match="17 tokens .* 16 learned positions"):
+        jax.eval_shape(model.apply, params, input_ids=shape(17))

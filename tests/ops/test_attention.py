@@ -1,0 +1,198 @@
+"""The reference equals a brute-force loop in NumPy float64; every fast path equals the reference, in values and in gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigflax.ops import attention
+
+DOCUMENTS = np.array([[1] * 40 + [2] * 47 + [0] * 10, [1] * 5 + [2] * 60 + [3] * 32])  # 97 tokens a row; 0 is padding
+CASES = {  # T, S, N, K, arguments
+    "full": (97, 97, 2, 2, {}),
+    "causal": (97, 97, 2, 2, dict(causal=True)),
+    "causal, blocks that divide": (256, 256, 2, 2, dict(causal=True)),
+    "grouped": (97, 97, 6, 2, dict(causal=True)),
+    "one kv head": (97, 97, 4, 1, {}),
+    "window": (200, 200, 2, 2, dict(window=7)),
+    "causal window": (200, 200, 2, 1, dict(causal=True, window=33)),
+    "window of one": (70, 70, 2, 2, dict(causal=True, window=1)),
+    "softcap": (97, 97, 2, 2, dict(causal=True, softcap=2.0)),
+    "scale": (97, 97, 2, 2, dict(causal=True, scale=0.5)),
+    "bias of heads": (97, 97, 4, 2, dict(causal=True, bias=(4, 97, 97))),
+    "bias of rows": (97, 97, 4, 2, dict(bias=(2, 1, 1, 97))),
+    "segments": (97, 97, 4, 2, dict(causal=True, q_segments=DOCUMENTS, kv_segments=DOCUMENTS)),
+    "attention mask": (97, 97, 2, 2, dict(q_segments=np.ones((2, 97), int), kv_segments=(DOCUMENTS > 0).astype(int))),
+    "a row without a key": (9, 12, 2, 2, dict(q_segments=np.ones((2, 9), int), kv_segments=np.array([[0] * 12, [0, 1] * 6]))),
+    "cache": (3, 50, 4, 2, dict(causal=True, q_positions=np.array([[20, 21, 22], [0, 1, 2]]), kv_positions=np.arange(50))),
+    "positions with window": (30, 30, 2, 2, dict(causal=True, window=4, q_positions=np.arange(30) * 2, kv_positions=np.arange(30) * 3)),
+    "fewer keys": (130, 70, 2, 2, dict(causal=True)),
+    "fewer keys, window": (300, 70, 2, 2, dict(window=5)),  # most rows see nothing, whole blocks of them
+    "more keys": (70, 130, 2, 2, dict(causal=True, window=40)),
+    "one token": (1, 1, 1, 1, dict(causal=True)),
+}
+
+
+def build(case, dtype=jnp.float32):
+    T, S, N, K, options = CASES[case]
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, T, N, 8), (2, S, K, 8), (2, S, K, 8)))
+    options = {name: jnp.asarray(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
+    if "bias" in options:
+        options["bias"] = jnp.asarray(rng.normal(size=options["bias"]), jnp.float32)
+    return q, k, v, options
+
+
+def brute_force(q, k, v, *, causal=False, window=None, scale=None, softcap=None, bias=None, **ids):
+    """The docstring's formula, a row at a time; also which rows see a key."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    rows = {name: np.broadcast_to(np.asarray(x), (B, T if name[0] == "q" else S)) for name, x in ids.items()}
+    q_at, kv_at = rows.get("q_positions", np.arange(T) + np.zeros((B, 1))), rows.get("kv_positions", np.arange(S) + np.zeros((B, 1)))
+    bias = np.zeros((B, N, T, S)) if bias is None else np.broadcast_to(np.asarray(bias, np.float64), (B, N, T, S))
+    out, seen = np.zeros(q.shape), np.zeros((B, T), bool)
+    for b, t, n in np.ndindex(B, T, N):
+        allowed = np.ones(S, bool)
+        if causal:
+            allowed &= kv_at[b] <= q_at[b, t]
+        if window is not None:
+            allowed &= abs(q_at[b, t] - kv_at[b]) < window
+        if "q_segments" in rows:
+            allowed &= rows["q_segments"][b, t] == rows["kv_segments"][b]
+        seen[b, t] = allowed.any()
+        if allowed.any():
+            logits = k[b, :, n // (N // K)] @ q[b, t, n] * (H**-0.5 if scale is None else scale)
+            logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+            weights = np.where(allowed, np.exp(logits + bias[b, n, t]), 0)
+            out[b, t, n] = weights / weights.sum() @ v[b, :, n // (N // K)]
+    return out, seen
+
+
+def compiled(q, k, v, options, implementation=None):
+    static = {name: value for name, value in options.items() if not isinstance(value, jax.Array)} | dict(implementation=implementation)
+    data = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    return jax.jit(lambda q, k, v, data: attention(q, k, v, **data, **static))(q, k, v, data)
+
+
+def value_and_grads(q, k, v, options, implementation):
+    """The output, and the gradients of a random linear function of it, of everything that has one."""
+    floats = dict(q_BTNH=q, k_BSKH=k, v_BSKH=v) | ({"bias": options["bias"]} if "bias" in options else {})
+    rest = {name: value for name, value in options.items() if name != "bias"}
+    g = jax.random.normal(jax.random.key(1), q.shape)
+
+    def loss(floats):
+        out = attention(**floats, **rest, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) * g), out
+
+    grads, out = jax.jit(jax.grad(loss, has_aux=True))(floats)
+    return out, grads
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_the_formula(case):
+    q, k, v, options = build(case)
+    expected, _ = brute_force(q, k, v, **options)
+    # float32 against float64: about ten roundings of numbers of size 4
+    np.testing.assert_allclose(compiled(q, k, v, options, "reference"), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_xla_is_the_reference(case):
+    q, k, v, options = build(case)
+    out, grads = value_and_grads(q, k, v, options, "xla")
+    expected, expected_grads = value_and_grads(q, k, v, options, "reference")
+    # the same float32 sums in another order; gradients sum over up to 300 rows
+    np.testing.assert_allclose(out, expected, atol=5e-6)
+    for name in grads:
+        np.testing.assert_allclose(grads[name], expected_grads[name], atol=3e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["causal", "grouped", "segments", "bias of heads", "a row without a key"])
+def test_bfloat16_keeps_float32_sums(case):
+    q, k, v, options = build(case, jnp.bfloat16)
+    out, grads = value_and_grads(q, k, v, options, "xla")
+    expected, expected_grads = value_and_grads(*(x.astype(jnp.float32) for x in (q, k, v)), options, "reference")
+    assert out.dtype == jnp.bfloat16
+    # weights, output and their gradients are each rounded once to 8 bits: 2^-9 of the largest number at hand, three times over
+    close = lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b, atol=3 * 2**-9 * float(jnp.abs(b).max()))
+    close(out, expected)
+    for name in ("q_BTNH", "k_BSKH", "v_BSKH"):
+        close(grads[name], expected_grads[name])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("case", ["a row without a key", "fewer keys, window"])
+def test_a_row_without_a_key_is_zero_and_moves_nothing(case, implementation):
+    q, k, v, options = build(case)
+    _, seen = brute_force(q, k, v, **options)
+    out, grads = value_and_grads(q, k, v, options, implementation)
+    assert not seen.all()
+    assert not np.asarray(out)[~seen].any()
+    assert not np.asarray(grads["q_BTNH"])[~seen].any()
+    assert all(np.isfinite(g).all() for g in grads.values())
+    if case == "a row without a key":  # the first row's keys are seen by nobody
+        assert not np.asarray(grads["k_BSKH"])[0].any()
+        assert not np.asarray(grads["v_BSKH"])[0].any()
+
+
+def test_what_causal_and_window_blank_is_not_multiplied():
+    q, k, v, _ = build("causal, blocks that divide")
+    flops = lambda **options: jax.jit(lambda *x: attention(*x, **options)).lower(q, k, v).compile().cost_analysis()["flops"]
+    full = flops()
+    assert flops(causal=True) < 0.8 * full  # 10 of 16 tiles, and the mask itself
+    assert flops(causal=True, window=32) < 0.6 * full  # at most 7 of 16 by tiles
+
+
+def test_segments_of_packed_rows_equal_the_documents_apart():
+    q, k, v, options = build("segments")
+    packed = compiled(q, k, v, options)
+    alone = compiled(*(x[:1, 40:87] for x in (q, k, v)), dict(causal=True))
+    np.testing.assert_allclose(packed[:1, 40:87], alone, atol=5e-6)
+
+
+ERRORS = {
+    "unknown implementation": (dict(implementation="flash"), "reference, xla, cudnn"),
+    "cudnn on a CPU": (dict(implementation="cudnn"), "needs an NVIDIA GPU"),
+    "one kind of segments": (dict(kv_segments=np.ones((2, 97), int)), "together"),
+    "no window": (dict(window=0), "1 or more"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_to_do(case):
+    options, message = ERRORS[case]
+    q, k, v, _ = build("causal")
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, v, **options)
+
+
+def test_heads_that_do_not_divide():
+    q, k, v, _ = build("grouped")
+    with pytest.raises(ValueError, match="multiple"):
+        attention(q[:, :, :5], k, v)
+
+
+CUDNN = {  # whether cuDNN takes the request; every other one takes the XLA path, never a dense mask
+    "causal": True, "full": True, "causal window": True, "scale": True,
+    "window": False, "softcap": False, "segments": False, "bias of heads": False, "cache": False, "fewer keys": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CUDNN)
+def test_cudnn_takes_what_it_can_and_means_the_same(case, monkeypatch):
+    """The call as cuDNN would see it, answered by JAX's own XLA implementation of the same arguments."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **options):
+        asked.append(implementation)
+        return plain(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    q, k, v, options = build(case, jnp.bfloat16)
+    out = compiled(q, k, v, options)
+    expected = compiled(q, k, v, options, "reference")
+    assert asked == (["cudnn"] if CUDNN[case] else [])
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=2**-6)  # one unit of bfloat16 between 2 and 4
+    jax.eval_shape(lambda *x: attention(*x, **options), *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert len(asked) == CUDNN[case]  # float32 is not cuDNN's

@@ -1,0 +1,139 @@
+"""Runs of `bigflax train` small enough to be killed, moved and compared: their text, recipe, command, and what they leave.
+
+Not a test: test_resume.py, test_hosts.py, test_bad_input.py and test_main.py share it.
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigflax import recipes, runs, trees
+from bigflax.checkpoint import Checkpoints
+from bigflax.writers import read_jsonl
+
+RECIPE = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(dict(
+        work={work!r},
+        model=dict(name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32),
+        tokenizer=dict(kind="bytes"),
+        data=dict(source=dict(kind="text", path={text!r}), length=32, batch_size=8, validation_fraction=0.2),
+        task=dict(name="causal_lm"),
+        optimizer=dict(lr=1e-2, warmup_steps=2),
+        fit=dict(steps=12, log_every=1, save_every=3),
+    ))
+"""
+
+WORDS = "the a small large red blue cat dog bird tree house river sees finds keeps under over near with and then slowly again".split()
+LEARNED = ("step", "loss", "grad_norm", "accuracy")  # what a resumed run must repeat; the other metrics are times
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def make_text(folder: Path, files: int = 40) -> Path:
+    """Made-up documents of 50 words, the same ones each time."""
+    chance = random.Random(0)
+    folder.mkdir()
+    for i in range(files):
+        (folder / f"{i:03}.txt").write_text(" ".join(chance.choices(WORDS, k=50)) + ".\n")
+    return folder
+
+
+def make_recipe(folder: Path) -> Path:
+    """A recipe file with text of its own and the work folder `folder`/work. Its model has dropout, so randomness must resume too."""
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(work=str(folder / "work"), text=str(make_text(folder / "text"))))
+    return path
+
+
+def arguments(recipe: Path, *overrides: str, cache: Path) -> list[str]:
+    """What stands behind `bigflax`; an override is written "fit.steps=3"."""
+    return ["train", f"--config={recipe}", f"--cache={cache}", *(f"--config.{text}" for text in overrides)]
+
+
+@contextlib.contextmanager
+def started(argv: list[str], devices: int = 1) -> Iterator[subprocess.Popen]:
+    """`python -m bigflax.main ...` on fake CPU devices; the process never outlives the block."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "bigflax.main", *argv, f"--fake-devices={devices}"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def ended(child: subprocess.Popen, timeout: float = 180) -> Ended:
+    out, err = child.communicate(timeout=timeout)
+    return Ended(child.returncode, out, err)
+
+
+def completed(argv: list[str], devices: int = 1) -> Ended:
+    with started(argv, devices) as child:
+        return ended(child)
+
+
+def wait_for(condition: Callable[[], Any], child: subprocess.Popen, timeout: float = 120) -> Any:
+    """Polls until `condition()` holds or the process has ended, whichever comes first, and returns its last value."""
+    until = time.monotonic() + timeout
+    while not (value := condition()) and child.poll() is None:
+        if time.monotonic() > until:
+            raise TimeoutError(f"nothing happened within {timeout} s")
+        time.sleep(0.0005)
+    return value
+
+
+# -- what a run leaves --------------------------------------------------------------------------------------------------
+
+
+def history(work: Path) -> list[tuple]:
+    """What was learned at each step, to the bit (JSON keeps floats exactly)."""
+    return [tuple(record[name] for name in LEARNED) for record in read_jsonl(work / "metrics.jsonl") if "loss" in record]
+
+
+def steps_on_disk(work: Path) -> list[int]:
+    """The complete checkpoints, by their names."""
+    folder = work / "checkpoints"
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.exists() else []
+
+
+def temporary(work: Path) -> list[str]:
+    """What a save in progress, or one that was cut off, has in the folder."""
+    try:
+        return [name for name in os.listdir(work / "checkpoints") if not name.isdigit()]
+    except FileNotFoundError:
+        return []
+
+
+class Final(NamedTuple):
+    step: int
+    sha256: str
+    data: Any
+
+
+def final(work: Path) -> Final:
+    """The newest checkpoint: its step, the hash of every array in it (weights, optimizer, counters), and the position in the data."""
+    digest = hashlib.sha256()
+    with Checkpoints(work / "checkpoints") as checkpoints:
+        config = recipes.unflatten(checkpoints.meta()["config"])
+        config.work, config.mesh = str(work), {"data": -1}
+        found = checkpoints.restore(runs.Run(config).state_like())
+    for name, leaf in trees.named_leaves(found.state):
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return Final(found.step, digest.hexdigest(), found.data)

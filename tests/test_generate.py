@@ -1,0 +1,158 @@
+"""Decoding with a cache gives what the model gives without one, for every family that decodes; sampling follows the distribution it names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigflax import models, sharding
+from bigflax.generate import choose, generate
+
+FAMILIES = {
+    "gpt2": ("gpt2", dict(n_embd=32, n_positions=24)),
+    "llama with grouped queries": ("llama", dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)),
+}
+each_family = pytest.mark.parametrize("name", FAMILIES)
+VOCAB, T, NEW = 40, 5, 8
+
+
+@functools.cache
+def made(name):
+    """A model whose matrices are large enough that its continuations wander, and one compiled apply."""
+    family, config = FAMILIES[name]
+    model = models.create(family, size="tiny", vocab_size=VOCAB, **config)
+    rng = np.random.default_rng(3)
+    draw = lambda axes, s: rng.normal(size=s.shape) * (0.5 if "embed" in axes else 0.1) + (axes.endswith("norm") and 1)
+    params = jax.tree.map(lambda axes, s: jnp.asarray(draw(axes, s), jnp.float32), model.axes, model.shapes())
+    return model, params, jax.jit(model.apply)
+
+
+def prompts(rows=3):
+    return np.random.default_rng(1).integers(0, VOCAB, (rows, T)).astype(np.int32)
+
+
+def recomputed(name, ids):
+    """Greedy by running the whole text anew for each token; what is not written yet lies behind, where a causal model does not look."""
+    _, params, apply = made(name)
+    length = ids.shape[1]
+    ids = np.concatenate([ids, np.zeros((len(ids), T + NEW - length), np.int32)], axis=1)
+    for at in range(length, length + NEW):
+        ids[:, at] = np.asarray(apply(params, input_ids=ids)["logits"])[:, at - 1].argmax(-1)
+    return ids[:, length : length + NEW]
+
+
+@functools.cache
+def greedy(name):
+    model, params, _ = made(name)
+    return np.asarray(generate(model, params, prompts(), max_new_tokens=NEW, temperature=0))
+
+
+@each_family
+def test_greedy_with_the_cache_is_greedy_without(name):
+    want = recomputed(name, prompts())
+    np.testing.assert_array_equal(greedy(name), want)
+    assert len({tuple(row) for row in want}) == 3  # no constant answer, which any cache would give
+    assert all(len(set(row)) > 1 for row in want)
+
+
+@each_family
+def test_padding_on_the_left_changes_nothing(name):
+    """Row i has lost its first i tokens to padding; beside others it goes on as that shorter prompt does by recomputation."""
+    model, params, _ = made(name)
+    padded, mask = prompts(), np.ones((3, T), np.int32)
+    for i in range(3):
+        padded[i, :i], mask[i, :i] = 7, 0
+    got = np.asarray(generate(model, params, padded, attention_mask=mask, max_new_tokens=NEW, temperature=0))
+    for i in range(3):
+        np.testing.assert_array_equal(got[i], recomputed(name, np.tile(padded[i : i + 1, i:], (3, 1)))[0])
+
+
+def test_after_eos_a_row_repeats_it():
+    name = "gpt2"
+    model, params, _ = made(name)
+    want = greedy(name).copy()
+    eos = int(want[0, 3])
+    for row in want:
+        ends = np.nonzero(row == eos)[0]
+        row[ends[0] if len(ends) else NEW :] = eos
+    got = generate(model, params, prompts(), max_new_tokens=NEW, temperature=0, eos_id=eos)
+    np.testing.assert_array_equal(got, want)
+
+
+SAME_AS_GREEDY = {"top_k=1": dict(temperature=1.7, top_k=1), "a tiny top_p": dict(top_p=1e-6), "nearly cold": dict(temperature=1e-6)}
+
+
+@pytest.mark.parametrize("options", SAME_AS_GREEDY.values(), ids=SAME_AS_GREEDY)
+def test_same_as_greedy(options):
+    logits = np.random.default_rng(0).normal(size=(200, 9)).astype(np.float32)
+    got = choose(jnp.asarray(logits), rng=jax.random.key(0), **{"temperature": 1.0, **options})
+    np.testing.assert_array_equal(got, logits.argmax(-1))
+
+
+PROBABILITIES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+# options -> the distribution by hand, from PROBABILITIES
+DISTRIBUTIONS = {
+    "as it is": ({}, PROBABILITIES),
+    "temperature 2": (dict(temperature=2.0), PROBABILITIES**0.5),
+    "top_k=2": (dict(top_k=2), PROBABILITIES * [1, 1, 0, 0, 0]),
+    "top_k beyond the vocabulary": (dict(top_k=50), PROBABILITIES),
+    "top_p=0.8": (dict(top_p=0.8), PROBABILITIES * [1, 1, 1, 0, 0]),  # 0.4 + 0.3 is not yet 0.8: the third is needed
+    "top_p=0.65": (dict(top_p=0.65), PROBABILITIES * [1, 1, 0, 0, 0]),
+    "top_k, then top_p of what it left": (dict(top_k=3, top_p=0.8), PROBABILITIES * [1, 1, 0, 0, 0]),  # 0.7 of 0.85 is 0.82
+}
+
+
+@pytest.mark.parametrize("options, want", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_frequencies(options, want):
+    """Chi-square of 20,000 draws; with at most 4 degrees of freedom 28.5 is passed once in 100,000 keys, and this key is fixed."""
+    order = np.array([3, 0, 4, 1, 2])  # the likeliest need not come first
+    logits, want = np.log(PROBABILITIES)[order] + 3.0, (want / want.sum())[order]
+    drawn = choose(jnp.tile(jnp.asarray(logits, jnp.float32), (20_000, 1)), rng=jax.random.key(5), **{"temperature": 1.0, **options})
+    seen = np.bincount(drawn, minlength=5)
+    assert (seen[want == 0] == 0).all()
+    expected = 20_000 * want[want > 0]
+    assert ((seen[want > 0] - expected) ** 2 / expected).sum() < 28.5
+
+
+def test_sampling_is_a_function_of_the_key():
+    model, params, _ = made("gpt2")
+    one, again, other = (np.asarray(generate(model, params, prompts(), max_new_tokens=NEW, temperature=2.0, rng=jax.random.key(k))) for k in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    assert len({tuple(column) for column in one.T}) > 2  # and no token is drawn with the key of the one before
+
+
+def test_every_mesh_gets_its_own_program():
+    """What `constrain` says is read while tracing: a program traced for no mesh must not serve the call on one."""
+    model, params, _ = made("gpt2")
+    run = lambda: jax.make_jaxpr(functools.partial(generate, model, max_new_tokens=NEW, temperature=0))(params, prompts())
+    assert "sharding_constraint" not in str(run())
+    with sharding.tracing_on(sharding.make_mesh(data=4, tensor=2)):
+        assert "sharding_constraint" in str(run())
+
+
+MISTAKES = {
+    "no rng": (dict(temperature=1.0), "sampling needs rng"),
+    "longer than the learned positions": (dict(temperature=0, max_new_tokens=20), "5 tokens and 20 new ones .* 24 positions"),
+    "padding on the right": (dict(temperature=0, attention_mask=np.array([[1, 1, 1, 1, 0]] * 3)), "pad prompts on the left"),
+    "nothing asked for": (dict(temperature=0, max_new_tokens=0), "max_new_tokens"),
+    "temperature below 0": (dict(temperature=-1.0, rng=jax.random.key), "temperature"),
+    "top_k of nothing": (dict(rng=jax.random.key, top_k=0), "top_k"),
+    "top_p of nothing": (dict(rng=jax.random.key, top_p=0.0), "top_p"),
+}
+
+
+@pytest.mark.parametrize("options, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(options, message):
+    model, params, _ = made("gpt2")
+    options = {"max_new_tokens": NEW, **options, **({"rng": jax.random.key(0)} if "rng" in options else {})}
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, prompts(), **options)
+
+
+def test_an_encoder_does_not_decode():
+    model = models.create("bert", size="tiny")
+    with pytest.raises(ValueError, match="decoder"):
+        generate(model, {}, prompts(), max_new_tokens=1, temperature=0)

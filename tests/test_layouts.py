@@ -1,0 +1,106 @@
+"""No layout leaves XLA at a loss: it says "Involuntary full rematerialization" where it must collect an array whole to lay it out again.
+
+The message is written by C++ to standard error, so each compilation runs in a child whose standard error is read.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bigflax.models import FAMILIES
+
+pytestmark = pytest.mark.slow
+MESSAGE = "Involuntary full rematerialization"
+MESHES = {
+    "fsdp=8": {"fsdp": 8},
+    "data=2 fsdp=4": {"data": 2, "fsdp": 4},
+    "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2},
+    "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+ALL = MESHES["data=2 fsdp=2 tensor=2"]
+# family, config, mesh, packed, chunk of the head
+STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for family in FAMILIES for mesh, sizes in MESHES.items()} | {
+    "gpt2, a head of its own": ("gpt2", {"tie_word_embeddings": False}, ALL, True, None),
+    "gpt2, a vocabulary that does not divide": ("gpt2", {"vocab_size": 257}, ALL, True, None),
+    "llama tied, full remat": ("llama", {"tie_word_embeddings": True, "remat": "full"}, ALL, True, None),
+    "bert, a head in chunks": ("bert", {}, ALL, False, 256),
+    "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 256),
+}
+
+BAD = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from bigflax import sharding
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+@jax.jit
+def lookup(table, ids):  # rows of a table whose width is sharded, wanted by batch: the two do not go together
+    x = jax.lax.with_sharding_constraint(table[ids], jax.NamedSharding(mesh, P(("data", "fsdp"))))
+    return x @ table.T
+lookup(put(jnp.ones((64, 32)), "tensor", "fsdp"), put(jnp.ones((8, 16), jnp.int32), ("data", "fsdp")))
+"""
+
+STEP = """
+import sys
+import jax, jax.numpy as jnp
+from bigflax import models, optim, sharding, tasks, train
+family, config, sizes, packed, chunk = eval(sys.argv[1])
+mesh = sharding.make_mesh(**sizes)
+model = models.create(family, size="tiny", **config)
+tx = optim.make(lr=1e-3, steps=10, axes=model.axes)
+state = train.state_like(model.init, tx, mesh=mesh, axes=model.axes)
+step = train.train_step(tasks.token_loss(model, chunk=chunk), tx, state)
+ids = jax.ShapeDtypeStruct((16, 64), jnp.int32, sharding=sharding.batch_sharding(mesh))
+names = ["input_ids", "labels", *(["position_ids", "segment_ids"] if packed else [])]
+step.compiled.lower(state._replace(frozen=None), state.frozen, {name: ids for name in names}).compile()
+print("compiled")
+"""
+
+DECODE = """
+import functools, sys
+import jax, jax.numpy as jnp
+from bigflax import generate, models, sharding
+family, sizes = eval(sys.argv[1])
+mesh = sharding.make_mesh(**sizes)
+model = models.create(family, size="tiny")
+place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+params = jax.tree.map(place, model.shapes(), sharding.shardings(model.shapes(), model.axes, mesh))
+ids = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=sharding.batch_sharding(mesh))
+rng = jax.eval_shape(lambda: jax.random.key(0))
+run = lambda params, ids, mask, rng: generate.generate(
+    model, params, ids, attention_mask=mask, max_new_tokens=8, temperature=0.8, top_k=5, top_p=0.9, eos_id=1, rng=rng)
+with sharding.tracing_on(mesh):
+    lowered = jax.jit(run).lower(params, ids, ids, rng)
+assert "sharding_constraint" in lowered.as_text()
+lowered.compile()
+print("compiled")
+"""
+
+
+def child(program, *argv):
+    """(output, error output) of a Python program on eight fake devices, with XLA free to speak."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "0"}
+    done = subprocess.run([sys.executable, "-c", program, *argv], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def test_the_message_is_seen_where_a_layout_does_not_hold():
+    assert MESSAGE in child(BAD)[1]
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_a_training_step_lies_well(case):
+    out, err = child(STEP, repr(case))
+    assert "compiled" in out
+    assert MESSAGE not in err, [line[:600] for line in err.splitlines() if MESSAGE in line]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoding_lies_well(family):
+    out, err = child(DECODE, repr((family, ALL)))
+    assert "compiled" in out
+    assert MESSAGE not in err, [line[:600] for line in err.splitlines() if MESSAGE in line]

@@ -1,0 +1,263 @@
+"""The parts of a layer against the same thing written out by hand in NumPy, and the stack against a loop over its layers."""
+
+import dataclasses
+import functools
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigflax import nn, trees, weights
+
+B, T, D = 2, 6, 16
+X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+# float32: the same sums in another order
+CLOSE = dict(rtol=1e-4, atol=2e-5)
+
+
+def made(module, *example, seed=1):
+    """The module as a pair of functions and weights of which none is zero or one."""
+    rng = np.random.default_rng(seed)
+    box = jax.eval_shape(lambda key: module.init({"params": key}, *example)["params"], jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), linen.unbox(box))
+    return params, functools.partial(jax.jit(lambda params, *x, **k: module.apply({"params": params}, *x, **k)), params)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------------
+
+N, K, H = 4, 2, 8
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 0]])
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2], [3, 4, 0, 1, 2, 9]])
+
+
+def rotate(x, position, theta):
+    """The pair (x_i, x_i+H/2) turned by position * theta^(-2i/H)."""
+    half = x.shape[-1] // 2
+    angle = position * theta ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def attention_by_hand(p, x, *, kv_heads=None, causal=True, theta=None, norm_eps=None, window=None, softcap=None, segments=None, positions=None, scale=H**-0.5):
+    """One query at a time, one head at a time."""
+    p = jax.tree.map(lambda w: np.asarray(w, np.float64), p)
+    kv_heads, at = kv_heads or N, np.tile(np.arange(T), (B, 1)) if positions is None else positions
+    q, k, v = (np.einsum("btd,dnh->btnh", x, p[n]) + p.get(f"{n}_bias", 0) for n in "qkv")
+    if norm_eps is not None:
+        q, k = (z / np.sqrt((z**2).mean(-1, keepdims=True) + norm_eps) * p[n]["scale"] for z, n in ((q, "q_norm"), (k, "k_norm")))
+    if theta is not None:
+        q, k = (np.stack([[rotate(z[b, t], at[b, t], theta) for t in range(T)] for b in range(B)]) for z in (q, k))
+    y = np.zeros((B, T, D))
+    for b, t, n in np.ndindex(B, T, N):
+        sees = [s for s in range(T) if (not causal or s <= t) and (window is None or abs(t - s) < window)]
+        sees = [s for s in sees if segments is None or segments[b, s] == segments[b, t]]
+        logits = np.array([q[b, t, n] @ k[b, s, n // (N // kv_heads)] for s in sees]) * scale
+        logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+        share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        y[b, t] += sum(w * v[b, s, n // (N // kv_heads)] for w, s in zip(share, sees, strict=True)) @ p["out"][n]
+    return y + p.get("out_bias", 0)
+
+
+# name -> (module, the same for the hand, inputs)
+packed = dict(q_segments=SEGMENTS, kv_segments=SEGMENTS, positions=POSITIONS)
+ATTENTIONS = {
+    "plain": (nn.Attention(N, H), {}, {}),
+    "both ways": (nn.Attention(N, H, causal=False), dict(causal=False), {}),
+    "grouped": (nn.Attention(N, H, K), dict(kv_heads=K), {}),
+    "biases": (nn.Attention(N, H, bias=True), {}, {}),
+    "biases but none at the end": (nn.Attention(N, H, bias=True, out_bias=False), {}, {}),
+    "rotary, packed": (nn.Attention(N, H, K, rope=nn.Rope(100.0)), dict(kv_heads=K, theta=100.0, segments=SEGMENTS, positions=POSITIONS), packed),
+    "normed q and k": (nn.Attention(N, H, K, rope=nn.Rope(100.0), norm=nn.Norm("rms", 1e-2)), dict(kv_heads=K, theta=100.0, norm_eps=1e-2), {}),
+    "window, softcap, scale": (nn.Attention(N, H, window=3, softcap=2.0, scale=0.9), dict(window=3, softcap=2.0, scale=0.9), {}),
+}
+
+
+@pytest.mark.parametrize("module, options, inputs", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention(module, options, inputs):
+    params, apply = made(module, X)
+    y, cache = apply(X, **inputs)
+    assert cache is None
+    assert [name for name in params if name.endswith("bias")] == (["k_bias", "out_bias", "q_bias", "v_bias"] if module.bias and module.out_bias is None
+                                                                  else ["k_bias", "q_bias", "v_bias"] if module.bias else [])  # fmt: skip
+    np.testing.assert_allclose(y, attention_by_hand(params, X, **options), **CLOSE)
+
+
+def test_attention_in_pieces_through_a_cache_is_attention_at_once():
+    """Four tokens, then one, then one; row 1 has two tokens of padding before it, which nobody sees."""
+    params, apply = made(nn.Attention(N, H, K, rope=nn.Rope(100.0)), X)
+    mask = np.ones((B, T), int)
+    mask[1, :2] = 0
+    at = np.maximum(mask.cumsum(1) - 1, 0)
+    want, _ = apply(X, positions=at, q_segments=np.ones((B, T), int), kv_segments=mask)
+    kv = (B, T + 3, K, H)  # longer than what is ever written
+    cache = {"k": jnp.full(kv, 9.0), "v": jnp.full(kv, 9.0), "segments": jnp.zeros(kv[:2], jnp.int32), "index": jnp.zeros((), jnp.int32)}
+    for part in (slice(0, 4), slice(4, 5), slice(5, 6)):
+        ones = np.ones_like(mask[:, part])
+        y, cache = apply(X[:, part], cache, positions=at[:, part], q_segments=ones, kv_segments=mask[:, part])
+        np.testing.assert_allclose(y, want[:, part], **CLOSE)
+    assert int(cache["index"]) == T
+    np.testing.assert_array_equal(cache["segments"][:, T:], 0)
+    np.testing.assert_array_equal(cache["k"][:, T:], 9.0)
+
+
+# -- the other parts -------------------------------------------------------------------------------------------------------
+
+
+def norm_by_hand(p, kind, eps):
+    x = X.astype(np.float64) - (X.mean(-1, keepdims=True) if kind == "layer" else 0)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p.get("bias", 0)
+
+
+SIGMOID = lambda x: 1 / (1 + np.exp(-x))
+PARTS = {  # name -> (module, by hand)
+    "linear": (nn.Linear(5, "embed -> mlp"), lambda p: X @ p["w"] + p["b"]),
+    "linear without bias": (nn.Linear(5, "embed -> mlp", bias=False), lambda p: X @ p["w"]),
+    "rms": (nn.Norm("rms", 0.1), lambda p: norm_by_hand(p, "rms", 0.1)),
+    "layer": (nn.Norm("layer", 0.1), lambda p: norm_by_hand(p, "layer", 0.1)),
+    "layer without bias": (nn.Norm("layer", 0.1, bias=False), lambda p: norm_by_hand(p, "layer", 0.1)),
+    "mlp": (nn.Mlp(24, "relu", bias=True), lambda p: np.maximum(X @ p["up"] + p["up_bias"], 0) @ p["down"] + p["down_bias"]),
+    "gated mlp": (nn.Mlp(24, "silu", gated=True), lambda p: (X @ p["gate"] * SIGMOID(X @ p["gate"]) * (X @ p["up"])) @ p["down"]),
+    "gated mlp with biases": (
+        nn.Mlp(24, "tanh", gated=True, bias=True),
+        lambda p: (np.tanh(X @ p["gate"] + p["gate_bias"]) * (X @ p["up"] + p["up_bias"])) @ p["down"] + p["down_bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("module, by_hand", PARTS.values(), ids=PARTS)
+def test_part(module, by_hand):
+    params, apply = made(module, X)
+    want = by_hand(jax.device_get(params))
+    np.testing.assert_allclose(apply(X), want, **CLOSE)
+    narrow = apply(X.astype(jnp.bfloat16))  # the activations decide the dtype, whatever the weights are
+    assert narrow.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(narrow, np.float32) - want).max() < 0.05 * np.abs(want).max()  # some roundings of 2^-8
+
+
+# act -> its values at -1 and 2, from tables of the normal distribution and of tanh
+ACTIVATIONS = {"gelu": (-0.158655, 1.954500), "gelu_new": (-0.158808, 1.954598), "silu": (-0.268941, 1.761594), "relu": (0.0, 2.0), "tanh": (-0.761594, 0.964028)}
+
+
+def test_activations():
+    assert set(ACTIVATIONS) == set(nn.ACTIVATIONS)
+    for name, want in ACTIVATIONS.items():
+        np.testing.assert_allclose(nn.ACTIVATIONS[name](jnp.array([-1.0, 2.0])), want, atol=2e-6, err_msg=name)
+
+
+class Drop(linen.Module):
+    rate: float
+
+    @linen.compact
+    def __call__(self, x):
+        return nn.dropout(self, x, self.rate)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    """Of 40,000 entries a quarter is zero, to five deviations (0.0108), and the others are 4/3."""
+    x = jnp.ones((200, 200))
+    drop = lambda rate, **rngs: np.asarray(Drop(rate).apply({}, x, rngs=rngs))
+    y = drop(0.25, dropout=jax.random.key(0))
+    np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=1e-6)
+    assert abs((y == 0).mean() - 0.25) < 0.0108
+    assert (drop(0.25, dropout=jax.random.key(1)) != y).any()
+    for plain in (drop(0.25), drop(0.0, dropout=jax.random.key(0))):
+        np.testing.assert_array_equal(plain, 1.0)
+
+
+# -- the stack and the fence -----------------------------------------------------------------------------------------------
+
+L = 3
+
+
+class Layer(linen.Module):
+    """x tanh(x w + slice of `each`) * shared + noise where there is a key."""
+
+    @linen.compact
+    def __call__(self, x, each=None, *, shared=1.0):
+        x = jnp.tanh(x @ nn.weight(self, "w", (D, D), "embed -> mlp")) * shared
+        x = nn.dropout(self, x if each is None else x + each, 0.5)
+        return x, x.sum()
+
+
+class Stack(linen.Module):
+    remat: str = "none"
+    unroll: int | bool = 1
+
+    @linen.compact
+    def __call__(self, x, each=None):
+        return nn.stack(Layer(name="layer"), L, x, each, remat=self.remat, unroll=self.unroll, shared=0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True}], ids=str)
+def test_stack_is_a_loop_over_its_layers(options):
+    params, apply = made(Stack(**options), X)
+    assert params["layer"]["w"].shape == (L, D, D)
+    each = np.random.default_rng(2).normal(size=(L, D)).astype(np.float32)
+    y, seen = apply(X, each)
+    x, want = X, []
+    for w, e in zip(np.asarray(params["layer"]["w"]), each, strict=True):
+        x = np.tanh(x @ w) * 0.7 + e
+        want.append(x.sum())
+    np.testing.assert_allclose(y, x, **CLOSE)
+    np.testing.assert_allclose(seen, want, rtol=1e-4)
+
+
+def test_every_layer_draws_its_own_weights_and_its_own_noise():
+    model = nn.model(Stack(), x=jax.ShapeDtypeStruct(X.shape, X.dtype))
+    w = np.asarray(model.init(jax.random.key(0))["layer"]["w"])
+    assert not np.allclose(w[0], w[1])
+    zeros = {"layer": {"w": jnp.zeros((L, D, D))}}
+    noise = lambda rng: model.apply(zeros, x=X, each=jnp.ones((L, B, T, D)), rng=rng)[1]  # sums of what dropout left of ones
+    first = noise(jax.random.key(0))
+    assert len(set(first.tolist())) == L
+    np.testing.assert_array_equal(first, noise(jax.random.key(0)))
+
+
+def test_the_fence():
+    model = nn.model(Stack(), x=jax.ShapeDtypeStruct((1, 1, D), X.dtype))
+    assert model.axes == {"layer": {"w": "layers | embed -> mlp"}}
+    shapes = model.shapes()
+    assert [(name, s.shape) for name, s in trees.named_leaves(shapes)] == [("layer/w", (L, D, D))]
+    assert type(shapes) is dict
+    assert "layers | embed -> mlp" in model.summary()
+    assert hash(model) == hash(model)  # static to jit: by identity
+    assert model != dataclasses.replace(model)
+
+
+def test_a_stack_in_a_stack_names_both_axes():
+    class Twice(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return nn.stack(Inner(name="inner"), 2, x)
+
+    class Inner(linen.Module):
+        @linen.compact
+        def __call__(self, x, each=None):
+            return nn.stack(Layer(name="layer"), L, x)
+
+    model = nn.model(Twice(), x=jax.ShapeDtypeStruct((1, 1, D), X.dtype))
+    assert model.axes["inner"]["layer"]["w"] == "layers layers | embed -> mlp"
+    assert model.shapes()["inner"]["layer"]["w"].shape == (2, L, D, D)
+
+
+def test_a_weight_that_is_already_there_passes_untouched():
+    """Of another type and even of another shape: what stands in the tree is what multiplies."""
+    params, _ = made(nn.Linear(5, "embed -> mlp"), X)
+    typed = {**params, "w": weights.quantize(params["w"], "int8", axes="embed -> mlp")}
+    got = jax.jit(lambda params: nn.Linear(5, "embed -> mlp").apply({"params": params}, X))(typed)
+    np.testing.assert_allclose(got, X @ np.asarray(weights.dense(typed["w"])) + params["b"], **CLOSE)
+
+
+MISTAKES = {
+    "activation": (lambda: made(nn.Mlp(8, "swish"), X), "unknown activation 'swish'; there are "),
+    "remat": (lambda: made(Stack(remat="some"), X), "unknown remat 'some'; there are "),
+    "heads": (lambda: nn.head_width(30, 4), "a width of 30 does not divide over 4 heads; nearest is 28"),
+}
+
+
+@pytest.mark.parametrize("make, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

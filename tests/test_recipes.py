@@ -1,0 +1,86 @@
+"""Recipes: what is said, what follows from signatures, what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from bigflax import recipes
+
+RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def small(**sections):
+    said = dict(work="w", model=dict(name="gpt2", size="tiny"), data=dict(source=dict(kind="python"), length=16, batch_size=4),
+                task=dict(name="causal_lm"), optimizer=dict(lr=1e-3), fit=dict(steps=10))  # fmt: skip
+    for name, section in sections.items():
+        said[name] = {**said.get(name, {}), **section} if isinstance(section, dict) else section
+    return ConfigDict(said)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_resolves_and_says_what_it_measured(name):
+    recipes.resolve(recipes.load(name))
+    text = Path(recipes.find(name)).read_text()
+    assert re.search(r"^Measured", text, re.M), "its docstring says what was measured, or 'not yet run'"
+    assert "bigflax train" in text
+
+
+def test_defaults_come_from_signatures_and_sizes():
+    config = recipes.resolve(small())
+    assert config.optimizer.b2 == 0.95 and config.model.n_layer == 2 and config.model.layer_norm_epsilon == 1e-5
+    assert config.mesh.data == -1 and config.mesh.tensor == 1
+
+
+OVERRIDES = {
+    "float": ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
+    "int where a float stands": ("optimizer.weight_decay=0", "optimizer.weight_decay", 0),
+    "string": ("optimizer.kind=wsd", "optimizer.kind", "wsd"),
+    "none": ("optimizer.clip=None", "optimizer.clip", None),
+    "where None stood": ("fit.eval_every=5", "fit.eval_every", 5),
+    "model's size": ("model.size=124m", "model.n_embd", 768),
+    "another family": ("model.name=llama", "model.hidden_size", 64),
+}
+
+
+@pytest.mark.parametrize("text, key, want", OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides(text, key, want):
+    assert recipes.flat(recipes.resolve(small(), [text]))[key] == want
+
+
+MISTAKES = {
+    "a key in the recipe": (small(optimizer=dict(lr=1.0, wieght_decay=0.1)), [], "unknown key 'optimizer.wieght_decay' in the recipe; .*'weight_decay'"),
+    "a section in the recipe": (small(optimiser=dict()), [], "unknown key 'optimiser'.*'optimizer'"),
+    "a key on the command line": (small(), ["fit.stepps=3"], "unknown key 'fit.stepps'; .*'steps'"),
+    "a section on the command line": (small(), ["fitt.steps=3"], "unknown key 'fitt.steps'; .*'fit'"),
+    "a type": (small(), ["fit.steps=many"], "fit.steps is 10, a int; 'many' is a str"),
+    "no value": (small(), ["fit.steps"], "has no value; write --config.fit.steps=VALUE"),
+    "what has no default": (ConfigDict({**small(), "optimizer": {}}), [], "must set 'optimizer.lr'"),
+    "a missing section": (ConfigDict(dict(model=dict(name="gpt2"))), [], "needs a section 'task'"),
+    "a family": (small(model=dict(name="gtp2")), [], "unknown model family 'gtp2'; .*'gpt2'"),
+    "a size": (small(model=dict(name="gpt2", size="125m")), [], "no size '125m'; .*'124m'"),
+    "a task": (small(task=dict(name="casual_lm")), [], "unknown task 'casual_lm'; .*'causal_lm'"),
+}
+
+
+@pytest.mark.parametrize("recipe, overrides, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.resolve(recipe, overrides)
+
+
+@pytest.mark.parametrize("name, message", [("quikstart", "no recipe 'quikstart'; .*'quickstart'"), ("nowhere/x.py", "no recipe file")])
+def test_a_missing_recipe_is_named(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        recipes.load(name)
+
+
+def test_flat_and_unflatten_are_inverse():
+    keys = recipes.flat(recipes.resolve(small()))
+    assert recipes.flat(recipes.unflatten(keys)) == keys
+
+
+def test_diff_names_what_changed_and_ignores_what_it_is_told():
+    old, new = recipes.resolve(small()), recipes.resolve(small(), ["optimizer.lr=0.5", "fit.log_every=3"])
+    assert recipes.diff(old, new, ignore=recipes.HARMLESS) == ["optimizer.lr: 0.001 -> 0.5"]

@@ -1,0 +1,90 @@
+"""What a task counts, and that its loss is the cross-entropy of the logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bigflax import models, nn, tasks
+
+# Five tokens and a head that is the identity, so that x is the logits: two rows, of which three positions have a label.
+LOGITS = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32) * 3
+LABELS = np.array([[1, 4, -100, -100], [-100, -100, -100, 0]])
+BYTES = np.array([1, 7, 0, 2, 3])
+PLAIN = nn.Model(init=lambda rng: {}, apply=lambda params, *, rng=None, logits=True, x_BTD: {"head": {"x_BTD": x_BTD, "w_VD": jnp.eye(5)}}, axes={})
+
+
+def by_hand():
+    """-log p of each label, and whether it is the likeliest token."""
+    rows = [(LOGITS[b, t].astype(np.float64), LABELS[b, t]) for b, t in zip(*np.nonzero(LABELS != -100), strict=True)]
+    return np.array([np.log(np.exp(l).sum()) - l[y] for l, y in rows]), np.array([l.argmax() == y for l, y in rows])
+
+
+def test_only_labelled_tokens_count():
+    loss, metrics = tasks.token_loss(PLAIN)({}, {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)})
+    nll, correct = by_hand()
+    assert (int(loss.count), int(metrics["accuracy"].count)) == (3, 3)
+    assert float(loss.total) == pytest.approx(nll.sum(), rel=1e-6)
+    assert float(metrics["accuracy"].total) == correct.sum()
+    assert set(metrics) == {"accuracy"}
+
+
+def test_accuracy_is_not_zero_for_a_label_that_is_likeliest():
+    labels = np.where(LABELS == -100, -100, LOGITS.argmax(-1))
+    metrics = tasks.token_loss(PLAIN)({}, {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(labels)})[1]
+    assert float(metrics["accuracy"].value) == 1.0
+
+
+def test_bits_per_byte():
+    """Bits of all labelled tokens over the bytes that they stand for; token 2 stands for none."""
+    metrics = tasks.token_loss(PLAIN, token_bytes=BYTES)({}, {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)})[1]
+    assert int(metrics["bits_per_byte"].count) == BYTES[1] + BYTES[4] + BYTES[0]
+    assert float(metrics["bits_per_byte"].value) == pytest.approx(by_hand()[0].sum() / np.log(2) / (7 + 3 + 1), rel=1e-6)
+
+
+def test_a_batch_without_labels_is_no_loss_of_no_tokens():
+    loss, metrics = tasks.token_loss(PLAIN, token_bytes=BYTES)({}, {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.full((2, 4), -100)})
+    for mean in (loss, *metrics.values()):
+        assert (float(mean.total), int(mean.count)) == (0.0, 0)
+
+
+FAMILIES = {"gpt2": (dict(n_embd=32), None), "llama": (dict(hidden_size=32), 8), "bert": (dict(hidden_size=32), 8)}  # config, chunk
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_is_the_cross_entropy_of_the_logits(name):
+    config, chunk = FAMILIES[name]
+    model = models.create(name, size="tiny", vocab_size=50, **config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), model.shapes())  # biases too are not zero
+    ids, labels = rng.integers(0, 50, (2, 2, 8))
+    labels[:, 5:] = -100
+    loss_fn = tasks.create("masked_lm" if name == "bert" else "causal_lm", model, chunk=chunk)
+
+    @jax.jit
+    def both(params):
+        loss, metrics = loss_fn(params, {"input_ids": ids, "labels": labels})
+        logits = model.apply(params, input_ids=ids)["logits"]
+        return loss.value, metrics["accuracy"].value, optax.softmax_cross_entropy_with_integer_labels(logits, np.maximum(labels, 0)), logits
+
+    loss, accuracy, want_BT, logits = map(np.asarray, both(params))
+    np.testing.assert_allclose(loss, want_BT[labels != -100].mean(), rtol=1e-5)  # the same sums in another order
+    np.testing.assert_allclose(accuracy, (logits.argmax(-1) == labels)[labels != -100].mean())
+
+
+def test_dropout_is_on_when_a_key_is_given():
+    """The loss hands its key on: without one (evaluation) it repeats, with one it depends on it."""
+    seen = []
+    model = nn.Model(lambda rng: {}, lambda params, *, rng=None, logits=True, x_BTD: seen.append(rng) or PLAIN.apply(params, x_BTD=x_BTD), {})
+    batch = {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)}
+    key = jax.random.key(0)
+    tasks.token_loss(model)({}, batch)
+    tasks.token_loss(model)({}, batch, key)
+    assert seen[0] is None
+    assert seen[1] is key
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="unknown task 'causal'; the tasks are 'causal_lm'"):
+        tasks.create("causal", PLAIN)
