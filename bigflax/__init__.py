@@ -18,9 +18,12 @@ _HOMES = {
     "bigflax.nn": ("Model",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = ("checkpoint", "chips", "curves", "data", "flops", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "tasks", "trees", "weights", "yardsticks")  # fmt: skip
+_MODULES = (
+    *("checkpoint", "chips", "curves", "data", "flops", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "tasks"),
+    *("trees", "weights", "yardsticks"),
+)
 
-__all__ = [*_HOME, *_MODULES]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

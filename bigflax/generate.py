@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from bigflax import sharding
@@ -40,11 +41,10 @@ def _check(module, length: int, new: int, mask, temperature: float, top_k: int |
     if module is None or not module.blocks.attention.causal:
         raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2 or llama")
     if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"max_new_tokens {new}, temperature {temperature}, top_k {top_k}, top_p {top_p}: give at least 1, 0, 1, and above 0 up to 1 (or None)"
-        )
+        said = f"max_new_tokens {new}, temperature {temperature}, top_k {top_k} and top_p {top_p}"
+        raise ValueError(f"{said} are to be at least 1, at least 0, at least 1 (or None), and above 0 up to 1 (or None)")
     if module.embed.positions and length + new > module.embed.positions:
-        raise ValueError(f"a prompt of {length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer")
+        raise ValueError(f"{length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer")
     if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool((mask[:, -1] != 0).all()):
         raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
 

@@ -28,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument("--coordinator", metavar="ADDRESS:PORT", help="where process 0 listens")
     hosts.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="how long to wait for the other processes at the start")
 
-    top = argparse.ArgumentParser(prog="bigflax", description="Train large models with JAX, and make them small.", epilog="--config.key=value overrides any key of a recipe.")  # fmt: skip
+    top = argparse.ArgumentParser(
+        prog="bigflax",
+        description="Train large models with JAX, and make them small.",
+        epilog="--config.key=value overrides any key of a recipe.",
+    )
     top.add_argument("--version", action="version", version=f"bigflax {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", parents=[common, devices, hosts], help="train, or continue what the work folder holds")

@@ -27,6 +27,7 @@ from bigflax.weights import Axes, parse_axes, write_axes
 
 Initializer = Callable[..., jax.Array]
 normal = nn.initializers.normal
+NORMAL = normal(0.02)
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -78,7 +79,9 @@ class _Named(meta.AxisMetadata):
 
     def add_axis(self, index: int, params: dict) -> "_Named":
         ax = parse_axes(self.axes)
-        return dataclasses.replace(self, axes=write_axes(Axes((params[nn.PARTITION_NAME], *ax.stack), ax.first, ax.second, ax.outputs_first)))
+        return dataclasses.replace(
+            self, axes=write_axes(Axes((params[nn.PARTITION_NAME], *ax.stack), ax.first, ax.second, ax.outputs_first))
+        )
 
     def remove_axis(self, index: int, params: dict) -> "_Named":
         ax = parse_axes(self.axes)
@@ -92,7 +95,7 @@ class _Named(meta.AxisMetadata):
         return cls(children[0], axes)
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = normal(0.02)) -> Any:
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = NORMAL) -> Any:
     """One float32 weight of `module` and the names of its axes (weights.py explains the string). What is already there passes untouched."""
     if module.has_variable("params", name):  # `param` would check the shape, and refuse a typed weight
         return module.get_variable("params", name)
@@ -123,7 +126,8 @@ class Model:
 def model(module: nn.Module, **example: Any) -> Model:
     """Fences a Linen module in; `example` are its inputs as arrays or ShapeDtypeStructs of any small size."""
     example = {name: jnp.zeros(x.shape, x.dtype) for name, x in example.items()}
-    boxed = lambda rng: module.init({"params": rng}, **example)["params"]
+    # nn.init, not module.init: many of our modules have a field of that name, their initializer.
+    boxed = lambda rng: nn.init(lambda module: module(**example), module)({"params": rng})["params"]
     is_named = lambda x: isinstance(x, _Named)
     axes = jax.tree.map(lambda box: box.axes, jax.eval_shape(boxed, jax.random.key(0)), is_leaf=is_named)
 
@@ -136,7 +140,9 @@ def model(module: nn.Module, **example: Any) -> Model:
     return Model(init, apply, axes, module)
 
 
-def stack(block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, **shared: Any) -> tuple[jax.Array, Any]:
+def stack(
+    block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, **shared: Any
+) -> tuple[jax.Array, Any]:
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
 
     `each` is a tree with a leading layer axis, of which each layer gets its slice (a cache); `shared` reaches all of them. The block's
@@ -173,7 +179,7 @@ class Linear(nn.Module):
     features: int
     axes: str
     bias: bool = True
-    init: Initializer = normal(0.02)
+    init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -227,13 +233,17 @@ class Attention(nn.Module):
     softcap: float | None = None
     scale: float | None = None
     dropout: float = 0.0
-    init: Initializer = normal(0.02)
-    out_init: Initializer = normal(0.02)
+    init: Initializer = NORMAL
+    out_init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, positions=None, q_segments=None, kv_segments=None):
         D, N, K, H = x_BTD.shape[-1], self.heads, self.kv_heads or self.heads, self.head_dim
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, "q", N, "heads"), self._project(x_BTD, "k", K, "kv_heads"), self._project(x_BTD, "v", K, "kv_heads")
+        q_BTNH, k_BTKH, v_BTKH = (
+            self._project(x_BTD, "q", N, "heads"),
+            self._project(x_BTD, "k", K, "kv_heads"),
+            self._project(x_BTD, "v", K, "kv_heads"),
+        )
         if self.norm is not None:
             q_BTNH, k_BTKH = self.norm.clone(parent=self, name="q_norm")(q_BTNH), self.norm.clone(parent=self, name="k_norm")(k_BTKH)
         if self.rope is not None:
@@ -257,8 +267,14 @@ class Attention(nn.Module):
         return dropout(self, y_BTD, self.dropout), cache
 
     def _project(self, x_BTD, name, heads, axis):
-        y_BTNH = ops.einsum("btd,dnh->btnh", x_BTD, weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init))
-        return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype) if self.bias else y_BTNH
+        y_BTNH = ops.einsum(
+            "btd,dnh->btnh", x_BTD, weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init)
+        )
+        return (
+            y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
+            if self.bias
+            else y_BTNH
+        )
 
 
 def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, jax.Array]:
@@ -266,7 +282,12 @@ def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Arra
     at = cache["index"]
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
     segments = jnp.ones(k_BTKH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
-    return {"k": put(cache["k"], k_BTKH), "v": put(cache["v"], v_BTKH), "segments": put(cache["segments"], segments), "index": at + k_BTKH.shape[1]}
+    return {
+        "k": put(cache["k"], k_BTKH),
+        "v": put(cache["v"], v_BTKH),
+        "segments": put(cache["segments"], segments),
+        "index": at + k_BTKH.shape[1],
+    }
 
 
 class Mlp(nn.Module):
@@ -277,8 +298,8 @@ class Mlp(nn.Module):
     gated: bool = False
     bias: bool = False
     dropout: float = 0.0
-    init: Initializer = normal(0.02)
-    out_init: Initializer = normal(0.02)
+    init: Initializer = NORMAL
+    out_init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

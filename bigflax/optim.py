@@ -23,7 +23,9 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 
 
-def schedule(*, lr: float, steps: int, kind: str = "cosine", warmup_steps: int = 0, final: float = 0.1, decay_steps: int | None = None) -> optax.Schedule:
+def schedule(
+    *, lr: float, steps: int, kind: str = "cosine", warmup_steps: int = 0, final: float = 0.1, decay_steps: int | None = None
+) -> optax.Schedule:
     """Learning rate at each step: linear warmup from lr / warmup_steps, then `kind` down to `final * lr` at `steps`.
 
     "wsd" stays at lr and falls linearly over the last `decay_steps` (a fifth of the run by default).

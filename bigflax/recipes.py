@@ -23,8 +23,21 @@ from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
 from bigflax.generate import generate
 
+Config = Any  # a ConfigDict, whose attributes no type checker knows
+
 # What may differ between a run and its continuation without changing what is learned.
-HARMLESS = ("work", "fit.log_every", "fit.profile", "fit.save_every", "fit.save_minutes", "checkpoint", "sample", "yardsticks", "data.workers", "data.prefetch")
+HARMLESS = (
+    "work",
+    "fit.log_every",
+    "fit.profile",
+    "fit.save_every",
+    "fit.save_minutes",
+    "checkpoint",
+    "sample",
+    "yardsticks",
+    "data.workers",
+    "data.prefetch",
+)
 
 
 def _keywords(function: Callable[..., Any], *given: str) -> dict[str, Any]:
@@ -61,7 +74,11 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "fit": _keywords(train.fit, "state", "step", "loader", "evaluate", "checkpoints", "meta", "write", "meter", "watch", "stop"),
         "watch": {**_keywords(train.Watch), "metric": "loss"},
         "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
-        "sample": {"prompt": "", **_keywords(generate, "model", "params", "input_ids", "attention_mask", "eos_id", "rng"), "max_new_tokens": 100},
+        "sample": {
+            "prompt": "",
+            **_keywords(generate, "model", "params", "input_ids", "attention_mask", "eos_id", "rng"),
+            "max_new_tokens": 100,
+        },
         "yardsticks": False,
     }
 
@@ -73,7 +90,11 @@ def find(name: str) -> str:
             return name
         raise FileNotFoundError(f"there is no recipe file {name!r}")
     home = os.path.dirname(os.path.abspath(__file__))
-    folders = [folder for folder in ("configs", os.path.join(home, "configs"), os.path.join(os.path.dirname(home), "configs")) if os.path.isdir(folder)]
+    folders = [
+        folder
+        for folder in ("configs", os.path.join(home, "configs"), os.path.join(os.path.dirname(home), "configs"))
+        if os.path.isdir(folder)
+    ]
     for folder in folders:
         if os.path.exists(path := os.path.join(folder, name + ".py")):
             return path
@@ -81,7 +102,7 @@ def find(name: str) -> str:
     raise FileNotFoundError(f"there is no recipe {name!r}; {trees.did_you_mean(name, known, 'there are')}")
 
 
-def load(name: str) -> ConfigDict:
+def load(name: str) -> Config:
     """The recipe `name`, a name or a path, as its file states it; "name:variant" passes the variant to its `get_config`."""
     name, _, variant = name.partition(":")
     path = find(name)
@@ -94,11 +115,11 @@ def load(name: str) -> ConfigDict:
     return module.get_config(variant) if variant else module.get_config()
 
 
-def resolve(recipe: ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
+def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:
     """The recipe with every default written in and `key=value` overrides applied. Raises ValueError for what no function takes."""
     said = _plain(recipe)
-    overrides = [parse_override(text) for text in overrides]
-    for path, value in overrides:  # these decide which keys there are
+    changes = [parse_override(text) for text in overrides]
+    for path, value in changes:  # these decide which keys there are
         if path in ("model.name", "model.size", "task.name"):
             section, key = path.split(".")
             said.setdefault(section, {})[key] = value
@@ -108,7 +129,7 @@ def resolve(recipe: ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
     full = known_keys(said)
     _check(said, full)
     config = ConfigDict(_merge(full, said), type_safe=True, convert_dict=True)
-    for path, value in overrides:
+    for path, value in changes:
         set_key(config, path, value)
     _require(config)
     return config.lock()
@@ -127,11 +148,14 @@ def _check(said: Mapping[str, Any], full: Mapping[str, Any], where: str = "") ->
 
 
 def _merge(full: Any, said: Any) -> Any:
-    return {k: _merge(v, said[k]) if k in said and isinstance(v, dict) and isinstance(said[k], dict) else said.get(k, v) for k, v in full.items()}
+    return {
+        k: _merge(v, said[k]) if k in said and isinstance(v, dict) and isinstance(said[k], dict) else said.get(k, v)
+        for k, v in full.items()
+    }
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """"optimizer.lr=1e-3" -> ("optimizer.lr", 0.001); what is no Python literal stays a string."""
+    """ "optimizer.lr=1e-3" -> ("optimizer.lr", 0.001); what is no Python literal stays a string."""
     path, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"override {text!r} has no value; write --config.{path}=VALUE")
@@ -141,7 +165,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return path, {"true": True, "false": False, "none": None}.get(value.lower(), value)
 
 
-def set_key(config: ConfigDict, path: str, value: Any) -> None:
+def set_key(config: Config, path: str, value: Any) -> None:
     """Sets one key of a resolved config. Raises ValueError for an unknown key or a value of another type."""
     *sections, key = path.split(".")
     for section in sections:
@@ -156,7 +180,7 @@ def set_key(config: ConfigDict, path: str, value: Any) -> None:
         raise ValueError(f"{path} is {config[key]!r}, a {type(config[key]).__name__}; {value!r} is a {type(value).__name__}") from None
 
 
-def _require(config: ConfigDict, where: str = "") -> None:
+def _require(config: Config, where: str = "") -> None:
     for key, value in config.items():
         if value is inspect.Parameter.empty:
             raise ValueError(f"the recipe must set {where + key!r}: it has no default")
@@ -173,7 +197,7 @@ def flat(config: Any, where: str = "") -> dict[str, Any]:
     return out
 
 
-def unflatten(keys: Mapping[str, Any]) -> ConfigDict:
+def unflatten(keys: Mapping[str, Any]) -> Config:
     """The inverse of `flat`."""
     config: dict[str, Any] = {}
     for path, value in keys.items():
@@ -191,4 +215,8 @@ def diff(old: Any, new: Any, *, ignore: Iterable[str] = ()) -> list[str]:
     ignored = tuple(ignore)
     skip = lambda key: any(key == i or key.startswith(i + ".") for i in ignored)
     absent = "(not there)"
-    return [f"{key}: {a.get(key, absent)!r} -> {b.get(key, absent)!r}" for key in sorted({*a, *b}) if a.get(key, absent) != b.get(key, absent) and not skip(key)]
+    return [
+        f"{key}: {a.get(key, absent)!r} -> {b.get(key, absent)!r}"
+        for key in sorted({*a, *b})
+        if a.get(key, absent) != b.get(key, absent) and not skip(key)
+    ]

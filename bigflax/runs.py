@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,17 +26,19 @@ from bigflax.generate import generate
 from bigflax.metrics import Meter
 from bigflax.writers import open_writers, read_jsonl
 
+Config = Any  # a resolved ConfigDict, whose attributes no type checker knows
+
 STOPPED = 75  # EX_TEMPFAIL: "start me again", for a launcher that restarts
 
 
-def _options(section: ConfigDict, *without: str) -> dict[str, Any]:
+def _options(section: Config, *without: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in without}
 
 
 class Run:
     """The parts of a run, each made on first use from `config` (a resolved recipe), its files under `config.work`."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         self.config, self.work = config, config.work
 
     @functools.cached_property
@@ -51,8 +54,8 @@ class Run:
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
         """The sources and their weights: one section, or a sequence of them each with a `weight`."""
-        said = self.config.data.source
-        sections = [said] if isinstance(said, ConfigDict | dict) else list(said)
+        said: Any = self.config.data.source
+        sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
         return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
 
     def check(self) -> None:
@@ -74,6 +77,8 @@ class Run:
         if c.kind == "bpe":
             texts = (text for records in self.records("train") for text in data.sample_texts(records, seed=self.config.seed))
             made = data.train_bpe(texts, c.vocab_size, max_bytes=c.max_bytes)
+        elif c.kind == "file" and not c.path:
+            raise ValueError("tokenizer.kind 'file' needs tokenizer.path: a tokenizer.json, or a folder with one")
         elif c.kind in ("bytes", "file"):
             made = data.load_tokenizer("bytes" if c.kind == "bytes" else c.path, **({"mask": c.mask} if c.mask else {}))
         else:
@@ -88,7 +93,14 @@ class Run:
         if split != "train":
             options |= {"workers": 0, "shards": None}
         return data.text_batches(
-            self.sources, self.tokenizer, split=split, seed=self.config.seed, repeat=split == "train", mesh=self.mesh, quality=self.quality, **options
+            self.sources,
+            self.tokenizer,
+            split=split,
+            seed=self.config.seed,
+            repeat=split == "train",
+            mesh=self.mesh,
+            quality=self.quality,
+            **options,
         )
 
     @functools.cached_property
@@ -120,22 +132,26 @@ class Run:
 
     def flops_per_step(self, loader: data.Loader) -> int:
         """Three times the forward pass: one for it, two for the gradients of weights and activations. Recomputation is not counted."""
-        return 3 * count_flops(lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[0].total, self.model.shapes(), loader.spec)
+        return 3 * count_flops(
+            lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[0].total, self.model.shapes(), loader.spec
+        )
 
     def sample(self, params: Any) -> str | None:
         """The continuation of the recipe's prompt, or None where the recipe has none or the model cannot continue."""
         c = self.config.sample
         if not c.prompt or self.config.data.objective != "causal":
             return None
-        ids = np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(c.prompt)])[None]
+        ids = jnp.array([[self.tokenizer.bos_id, *self.tokenizer.encode(c.prompt)]])
         with sharding.tracing_on(self.mesh):
-            tokens = generate(self.model, params, ids, **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed))
+            tokens = generate(
+                self.model, params, ids, **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed)
+            )
         new = np.asarray(tokens)[0].tolist()
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
         return c.prompt + self.tokenizer.decode(new[:end])
 
 
-def train_run(config: ConfigDict, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
+def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
     """Trains, or continues, the run of `config.work`; returns the exit code: 0, or STOPPED where a signal ended it early."""
     began = time.perf_counter()
     run = Run(config)
@@ -193,7 +209,7 @@ def summarized(work: str) -> int | None:
         return None
 
 
-def check_same(saved: Mapping[str, Any], config: ConfigDict, allow_changes: bool, say: Callable[[str], None]) -> None:
+def check_same(saved: Mapping[str, Any], config: Config, allow_changes: bool, say: Callable[[str], None]) -> None:
     """Compares the recipe of a run with that of its continuation. Raises ValueError, unless allowed, where they would learn differently."""
     changes = recipes.diff(saved, recipes.flat(config), ignore=(*recipes.HARMLESS, "mesh"))
     if changes and not allow_changes:
@@ -209,7 +225,8 @@ def describe(run: Run) -> str:
     c, shapes = run.config, run.model.shapes()
     mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
     return (
-        f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), vocabulary {run.tokenizer.vocab_size}; "
+        f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), "
+        f"vocabulary {run.tokenizer.vocab_size}; "
         f"batch {c.data.batch_size} x {c.data.length} tokens; {jax.devices()[0].device_kind}, {mesh}"
     )
 

@@ -44,7 +44,7 @@ TABLE: Table = {
 _tracing: contextvars.ContextVar[tuple[Mesh, Table] | None] = contextvars.ContextVar("bigflax_mesh", default=None)
 
 
-def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A mesh of the named axes in the order of MESH_AXES: `make_mesh(data=2, fsdp=-1)`; one size may be -1 and takes the rest.
 
     Without sizes, all devices lie on `data`. Raises ValueError for an unknown axis, or sizes whose product is not the number of devices.

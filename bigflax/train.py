@@ -55,7 +55,13 @@ class State(NamedTuple):
 
 
 def state_like(
-    init: Any, tx: optax.GradientTransformation, *, mesh: jax.sharding.Mesh, axes: Any = None, freeze: trees.Rules = (), table: Table = TABLE
+    init: Any,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: jax.sharding.Mesh,
+    axes: Any = None,
+    freeze: trees.Rules = (),
+    table: Table = TABLE,
 ) -> State:
     """The State that `init_state` would make, as ShapeDtypeStructs with shardings: to restore into, or to plan with."""
     return _born(init, tx, mesh, axes, 0, freeze, table)[0]
@@ -93,7 +99,9 @@ def _born(init, tx, mesh, axes, seed, freeze, table):
     place = lambda tree, where: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
     like = like._replace(params=place(like.params, params), frozen=place(like.frozen, rest))
     whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
-    like = like._replace(step=whole(like.step), skipped=whole(like.skipped), opt=place(like.opt, opt_shardings(like.opt, like.params, mesh)))
+    like = like._replace(
+        step=whole(like.step), skipped=whole(like.skipped), opt=place(like.opt, opt_shardings(like.opt, like.params, mesh))
+    )
     return like, make, source
 
 
@@ -178,7 +186,9 @@ def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
     if x.shape[0] % parts:
-        raise ValueError(f"batch {x.shape[0]} does not divide into accumulate={parts} micro-batches; nearest is {x.shape[0] - x.shape[0] % parts}")
+        raise ValueError(
+            f"batch {x.shape[0]} does not divide into accumulate={parts} micro-batches; nearest is {x.shape[0] - x.shape[0] % parts}"
+        )
     # Rows i, i + parts, ...: every device keeps its own rows, where contiguous pieces would move them all.
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
@@ -193,7 +203,9 @@ def split_loss(result: Any) -> tuple[Mean, dict[str, Mean]]:
 # -- evaluation ------------------------------------------------------------------------------------------------------------
 
 
-def eval_step(loss_fn: Callable[..., Any], mesh: jax.sharding.Mesh | None = None, table: Table = TABLE) -> Callable[[Any, Any], dict[str, Mean]]:
+def eval_step(
+    loss_fn: Callable[..., Any], mesh: jax.sharding.Mesh | None = None, table: Table = TABLE
+) -> Callable[[Any, Any], dict[str, Mean]]:
     """The compiled `(weights, batch) -> {"loss": Mean, ...}`, without randomness."""
 
     @jax.jit
@@ -205,7 +217,9 @@ def eval_step(loss_fn: Callable[..., Any], mesh: jax.sharding.Mesh | None = None
     return step
 
 
-def evaluate(step: Callable[[Any, Any], dict[str, Mean]], params: Any, batches: Iterable[Any], *, limit: int | None = None) -> dict[str, float]:
+def evaluate(
+    step: Callable[[Any, Any], dict[str, Mean]], params: Any, batches: Iterable[Any], *, limit: int | None = None
+) -> dict[str, float]:
     """The metrics of `step` over all batches (or the first `limit`), every token or example weighing the same."""
     return as_floats(combine(step(params, batch) for batch in itertools.islice(batches, limit)))
 
@@ -274,6 +288,8 @@ def fit(
     its names behind "eval/". `checkpoints` (a `checkpoint.Checkpoints`) gets the state, the loader's position and `meta` every `save_every` steps,
     every `save_minutes`, and after each evaluation that `watch` finds best. `profile` names a folder for a trace of five steps.
     """
+    if log_every < 1:
+        raise ValueError(f"log_every {log_every} must be at least 1; a large number logs the last step only")
     meter, write = meter or Meter(total_steps=steps), write or (lambda step, record: None)
     at, batches, waiting, stall = int(state.step), iter(loader), [], 0.0
     saved_at, clock, saved_time = at, time.perf_counter(), time.perf_counter()
@@ -284,7 +300,9 @@ def fit(
         nonlocal saved_at, saved_time
         if checkpoints is not None and saved_at != at:
             watched = {} if watch is None else {"watch": {"best": watch.best, "idle": watch.idle}}
-            checkpoints.save(at, state, data=loader.state(), meta={**(meta or {}), **watched}, metrics=evaluated if evaluated_at == at else None)
+            checkpoints.save(
+                at, state, data=loader.state(), meta={**(meta or {}), **watched}, metrics=evaluated if evaluated_at == at else None
+            )
         saved_at, saved_time = at, time.perf_counter()
 
     while at < steps and not done:
@@ -309,7 +327,9 @@ def fit(
         if at % log_every == 0 or at == steps:
             sums = combine(waiting)
             now = time.perf_counter()
-            rates = meter.record(len(waiting), now - clock, stall, step=at, tokens=sums["loss"].count if sums["loss"].count > len(waiting) else None)
+            rates = meter.record(
+                len(waiting), now - clock, stall, step=at, tokens=sums["loss"].count if sums["loss"].count > len(waiting) else None
+            )
             write(at, {**as_floats(sums), **rates, "skipped": int(state.skipped)})
             waiting, stall, clock = [], 0.0, now
         if evaluate is not None and eval_every and (at % eval_every == 0 or at == steps):

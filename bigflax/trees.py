@@ -107,7 +107,16 @@ def summary(tree: Any, axes: Any = None) -> str:
     names = {} if axes is None else dict(named_leaves(axes))
     rows = [("name", "shape", "dtype", "axes", "parameters", "bytes")]
     for name, leaf in named_leaves(tree):
-        rows.append((name, "x".join(map(str, leaf.shape)) or "-", str(leaf.dtype), names.get(name, ""), f"{count(leaf):,}", human(nbytes(leaf), "B", 1024)))
+        rows.append(
+            (
+                name,
+                "x".join(map(str, leaf.shape)) or "-",
+                str(leaf.dtype),
+                names.get(name, ""),
+                f"{count(leaf):,}",
+                human(nbytes(leaf), "B", 1024),
+            )
+        )
     rows.append(("total", "", "", "", f"{count(tree):,}", human(nbytes(tree), "B", 1024)))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return "\n".join(

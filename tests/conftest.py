@@ -8,7 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture
@@ -19,3 +19,15 @@ def cache(tmp_path_factory):
     before = jax.config.jax_compilation_cache_dir
     yield tmp_path_factory.getbasetemp().parent / "bigflax-xla"
     jax.config.update("jax_compilation_cache_dir", before)  # `bigflax train` sets it
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`main` in this process runs on the first of the eight devices, as a process started with --fake-devices=1 does."""
+    import functools
+
+    import jax
+
+    from bigflax import sharding
+
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))

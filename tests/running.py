@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from bigflax import recipes, runs, trees
+from bigflax import recipes, runs, sharding, trees
 from bigflax.checkpoint import Checkpoints
 from bigflax.writers import read_jsonl
 
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict(dict(
         work={work!r},
-        model=dict(name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32),
+        model=dict(name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.0),
         tokenizer=dict(kind="bytes"),
         data=dict(source=dict(kind="text", path={text!r}), length=32, batch_size=8, validation_fraction=0.2),
         task=dict(name="causal_lm"),
@@ -56,7 +57,7 @@ def make_text(folder: Path, files: int = 40) -> Path:
 
 
 def make_recipe(folder: Path) -> Path:
-    """A recipe file with text of its own and the work folder `folder`/work. Its model has dropout, so randomness must resume too."""
+    """A recipe file with text of its own and the work folder `folder`/work. Its model has dropout (on the embeddings), so randomness must resume too."""
     path = folder / "recipe.py"
     path.write_text(RECIPE.format(work=str(folder / "work"), text=str(make_text(folder / "text"))))
     return path
@@ -132,8 +133,10 @@ def final(work: Path) -> Final:
     digest = hashlib.sha256()
     with Checkpoints(work / "checkpoints") as checkpoints:
         config = recipes.unflatten(checkpoints.meta()["config"])
-        config.work, config.mesh = str(work), {"data": -1}
-        found = checkpoints.restore(runs.Run(config).state_like())
+        config.work = str(work)
+        run = runs.Run(config)
+        run.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        found = checkpoints.restore(run.state_like())
     for name, leaf in trees.named_leaves(found.state):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     return Final(found.step, digest.hexdigest(), found.data)

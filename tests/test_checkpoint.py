@@ -101,9 +101,7 @@ def assert_same(a, b):
 def test_restore_is_the_identity_to_the_bit(name, tmp_path):
     state, metrics = sharded(STATES[name](), mesh(fsdp=8), "fsdp"), {"loss": jnp.float32(2.5), "mean": Mean(6, 4)}
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(
-            7, state, data={"position": [1, 2]}, meta={"config": {"lr": 0.1}}, metrics={"loss": jnp.float32(2.5), "mean": Mean(6, 4)}
-        )
+        checkpoints.save(7, state, data={"position": [1, 2]}, meta={"config": {"lr": 0.1}}, metrics=metrics)
         found = checkpoints.restore(target_like(state))
     assert_same(state, found.state)
     assert [x.sharding for x in jax.tree.leaves(found.state)] == [x.sharding for x in jax.tree.leaves(state)]

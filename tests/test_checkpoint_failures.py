@@ -5,6 +5,7 @@ Each failure is one sentence, the earlier checkpoints load to the bit, and nothi
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import shutil
@@ -24,6 +25,14 @@ from bigflax import stored
 from bigflax.checkpoint import Checkpoints, restore_params, target_like
 
 HERE = Path(__file__).parent
+# where one of many arrays fails, Orbax closes its event loop, to which TensorStore then brings the others
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _unfinished_coroutines_end_with_their_test():
+    yield
+    gc.collect()
 
 
 def state_of(step, size=100_000):
@@ -144,7 +153,6 @@ FULL = {
 
 
 @needs_mount
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore calls back to a loop that Orbax has closed
 @pytest.mark.parametrize("case", FULL)
 def test_full_disk(case, tmp_path, monkeypatch):
     options, looks, reason = FULL[case]

@@ -13,7 +13,10 @@ LR = 0.5
 SCHEDULES = {
     "cosine": (dict(steps=100, warmup_steps=10), {0: LR / 10, 5: LR * 0.55, 10: LR, 55: LR * 0.55, 100: LR * 0.1, 200: LR * 0.1}),
     "cosine to zero": (dict(steps=100, final=0.0), {0: LR, 25: LR * (1 + 0.5**0.5) / 2, 50: LR / 2, 100: 0.0}),
-    "linear": (dict(steps=100, kind="linear", warmup_steps=20, final=0.5), {0: LR / 20, 20: LR, 60: LR * 0.75, 100: LR * 0.5, 101: LR * 0.5}),
+    "linear": (
+        dict(steps=100, kind="linear", warmup_steps=20, final=0.5),
+        {0: LR / 20, 20: LR, 60: LR * 0.75, 100: LR * 0.5, 101: LR * 0.5},
+    ),
     "wsd": (dict(steps=100, kind="wsd", warmup_steps=4), {0: LR / 4, 4: LR, 80: LR, 90: LR * 0.55, 100: LR * 0.1}),
     "wsd, decay said": (dict(steps=100, kind="wsd", decay_steps=50, final=0.0), {0: LR, 50: LR, 75: LR / 2, 100: 0.0}),
     "wsd, decay longer than the run": (dict(steps=10, kind="wsd", decay_steps=50, warmup_steps=2, final=0.0), {2: LR, 6: LR / 2, 10: 0.0}),
@@ -64,7 +67,10 @@ def test_every_optimizer_is_in_the_table():
     assert set(OPTIMIZERS) == set(optim.OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name, told", [*((name, "axes") for name in OPTIMIZERS), ("adamw", "dimensions"), ("adamw", "rules"), ("muon", "rules")])
+TOLD = [*((name, "axes") for name in OPTIMIZERS), ("adamw", "dimensions"), ("adamw", "rules"), ("muon", "rules")]
+
+
+@pytest.mark.parametrize("name, told", TOLD, ids=lambda text: text)
 def test_decay_takes_rate_times_decay_of_what_it_names_and_leaves_the_rest(name, told):
     """Without a gradient an update is decay alone: -lr * weight_decay * w, step after step, for every optimizer alike."""
     rules = [("tokens", False), ("q|.*bias", True), (".*", False)]
@@ -124,13 +130,18 @@ def test_clip_is_by_the_norm_of_all_gradients_together():
             np.testing.assert_allclose(got[name], -np.asarray(g) * (1 / norm if factor is None else factor), rtol=1e-4, err_msg=name)
 
 
-MUON = {"q": ((16, 2, 4), "embed -> heads head_dim", (16, 8)), "out": ((2, 4, 16), "heads head_dim -> embed", (8, 16)), "up": ((8, 24), "embed -> mlp", (8, 24))}
+MUON = {
+    "q": ((16, 2, 4), "embed -> heads head_dim", (16, 8)),
+    "out": ((2, 4, 16), "heads head_dim -> embed", (8, 16)),
+    "up": ((8, 24), "embed -> mlp", (8, 24)),
+}
 
 
 @pytest.mark.parametrize("shape, axes, matrix", MUON.values(), ids=MUON)
 def test_muon_orthogonalizes_each_layer_alone_between_its_inputs_and_outputs(shape, axes, matrix):
     make = lambda axes: optim.make(name="muon", lr=1.0, steps=9, kind="constant", weight_decay=0.0, clip=None, axes=axes)
-    grads = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32) * np.array([1.0, 10.0, 0.1], np.float32).reshape(3, *[1] * len(shape))
+    rng = np.random.default_rng(0)
+    grads = np.stack([size * rng.normal(size=shape) for size in (1.0, 10.0, 0.1)]).astype(np.float32)
     stacked = updates_of(make({"w": f"layers | {axes}"}), {"w": jnp.ones_like(grads)}, {"w": jnp.asarray(grads)})["w"]
     alone = {f"layer{i}": g for i, g in enumerate(grads)}
     alone = updates_of(make({name: axes for name in alone}), {name: jnp.ones(shape) for name in alone}, alone)

@@ -50,7 +50,11 @@ def test_overrides(text, key, want):
 
 
 MISTAKES = {
-    "a key in the recipe": (small(optimizer=dict(lr=1.0, wieght_decay=0.1)), [], "unknown key 'optimizer.wieght_decay' in the recipe; .*'weight_decay'"),
+    "a key in the recipe": (
+        small(optimizer=dict(lr=1.0, wieght_decay=0.1)),
+        [],
+        "unknown key 'optimizer.wieght_decay' in the recipe; .*'weight_decay'",
+    ),
     "a section in the recipe": (small(optimiser=dict()), [], "unknown key 'optimiser'.*'optimizer'"),
     "a key on the command line": (small(), ["fit.stepps=3"], "unknown key 'fit.stepps'; .*'steps'"),
     "a section on the command line": (small(), ["fitt.steps=3"], "unknown key 'fitt.steps'; .*'fit'"),

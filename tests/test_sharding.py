@@ -75,7 +75,7 @@ def test_constraint_is_in_the_lowered_program():
 
     x = jnp.ones((4, 3, 8))
     text = jax.jit(f).lower(x).as_text()
-    assert 'sharding_constraint' in text and '{"data", "fsdp"}' in text and '"tensor"' in text, text
+    assert "sharding_constraint" in text and '{"data", "fsdp"}' in text and '"tensor"' in text, text
     assert jax.jit(f)(x).sharding.spec == P(("data", "fsdp"), None, "tensor")
     assert sharding.constrain(x, "batch", None, None) is x  # outside of a step it says nothing
 

@@ -12,7 +12,7 @@ from bigflax import models, nn, tasks
 LOGITS = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32) * 3
 LABELS = np.array([[1, 4, -100, -100], [-100, -100, -100, 0]])
 BYTES = np.array([1, 7, 0, 2, 3])
-PLAIN = nn.Model(init=lambda rng: {}, apply=lambda params, *, rng=None, logits=True, x_BTD: {"head": {"x_BTD": x_BTD, "w_VD": jnp.eye(5)}}, axes={})
+PLAIN = nn.Model(lambda rng: {}, lambda params, *, rng=None, logits=True, x_BTD: {"head": {"x_BTD": x_BTD, "w_VD": jnp.eye(5)}}, {})
 
 
 def by_hand():
@@ -76,7 +76,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(name):
 def test_dropout_is_on_when_a_key_is_given():
     """The loss hands its key on: without one (evaluation) it repeats, with one it depends on it."""
     seen = []
-    model = nn.Model(lambda rng: {}, lambda params, *, rng=None, logits=True, x_BTD: seen.append(rng) or PLAIN.apply(params, x_BTD=x_BTD), {})
+    model = nn.Model(
+        lambda rng: {}, lambda params, *, rng=None, logits=True, x_BTD: seen.append(rng) or PLAIN.apply(params, x_BTD=x_BTD), {}
+    )
     batch = {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)}
     key = jax.random.key(0)
     tasks.token_loss(model)({}, batch)

@@ -12,7 +12,12 @@ from bigflax import models, optim, sharding, tasks, train, trees
 from bigflax.metrics import Mean
 
 ONE = {"data": 1}
-MESHES = {"data=8": {"data": 8}, "fsdp=8": {"fsdp": 8}, "data=2 fsdp=4": {"data": 2, "fsdp": 4}, "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2}}
+MESHES = {
+    "data=8": {"data": 8},
+    "fsdp=8": {"fsdp": 8},
+    "data=2 fsdp=4": {"data": 2, "fsdp": 4},
+    "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2},
+}
 FAMILIES = {
     "gpt2": dict(embd_pdrop=0.0, resid_pdrop=0.0),
     "llama": dict(),
@@ -201,7 +206,11 @@ def test_like_is_what_init_makes():
     like = train.state_like(model.init, tx, mesh=mesh, axes=model.axes)
     state = train.init_state(model.init, tx, mesh=mesh, axes=model.axes)
     assert jax.tree.structure(like) == jax.tree.structure(state)
-    jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding.is_equivalent_to(b.sharding, a.ndim)) == (b.shape, b.dtype, True) or pytest.fail(str(a)), like, state)
+    jax.tree.map(
+        lambda a, b: (a.shape, a.dtype, a.sharding.is_equivalent_to(b.sharding, a.ndim)) == (b.shape, b.dtype, True) or pytest.fail(str(a)),
+        like,
+        state,
+    )
 
 
 def test_randomness_is_of_seed_and_step():
@@ -268,7 +277,9 @@ def run_fit(**options):
 
 def test_fit_logs_evaluates_and_saves_when_told():
     scores = iter([3.0, 1.0, 2.0, 4.0])
-    state, records, shelf = run_fit(log_every=4, eval_every=5, save_every=8, evaluate=lambda state: {"loss": next(scores)}, watch=train.Watch("loss"))
+    state, records, shelf = run_fit(
+        log_every=4, eval_every=5, save_every=8, evaluate=lambda state: {"loss": next(scores)}, watch=train.Watch("loss")
+    )
     assert int(state.step) == 20
     assert [s for s, r in records if "loss" in r] == [4, 8, 12, 16, 20]
     assert [(s, r["eval/loss"]) for s, r in records if "eval/loss" in r] == [(5, 3.0), (10, 1.0), (15, 2.0), (20, 4.0)]

@@ -45,11 +45,21 @@ def test_partition_and_combine_are_inverse():
 
 
 def test_sizes_count_half_bytes():
-    tree = {"a": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.int4), "c": jax.ShapeDtypeStruct((8,), jnp.bfloat16)}
+    tree = {
+        "a": jax.ShapeDtypeStruct((3, 4), jnp.float32),
+        "b": jax.ShapeDtypeStruct((8,), jnp.int4),
+        "c": jax.ShapeDtypeStruct((8,), jnp.bfloat16),
+    }
     assert (trees.count(tree), trees.nbytes(tree)) == (28, 48 + 4 + 16)
 
 
-HUMAN = {(999, "", 1000): "999", (1234567, "", 1000): "1.23M", (1234567, "B", 1024): "1.18MiB", (0.5, "s", 1000): "0.5s", (12e12, "", 1000): "12T"}
+HUMAN = {
+    (999, "", 1000): "999",
+    (1234567, "", 1000): "1.23M",
+    (1234567, "B", 1024): "1.18MiB",
+    (0.5, "s", 1000): "0.5s",
+    (12e12, "", 1000): "12T",
+}
 
 
 @pytest.mark.parametrize("args", HUMAN)

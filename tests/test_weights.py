@@ -59,7 +59,9 @@ def test_einsum_is_that_of_the_dense_array(make, axes, shape, spec, x_shape):
     w, x = make(_random(shape), axes), _random(x_shape, 3)
     want = jnp.einsum(spec, x, weights.dense(w))
     # float32: the same products in another order, over at most 8 terms and a rank of 5
-    np.testing.assert_allclose(jax.jit(ops.einsum, static_argnums=0)(spec, x, w), want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()) + 1e-7)
+    np.testing.assert_allclose(
+        jax.jit(ops.einsum, static_argnums=0)(spec, x, w), want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()) + 1e-7
+    )
 
 
 @each_weight
@@ -142,7 +144,10 @@ def test_axis_strings_read_and_write(text):
 
 MISTAKES = {
     "a bias": (lambda: weights.quantize(jnp.ones(4), axes="norm"), "no inputs"),
-    "a group that does not divide": (lambda: weights.quantize(jnp.ones((6, 4)), axes="embed -> mlp", group=4), "group 4 does not divide axis 'embed' of 6; nearest is 2"),
+    "a group that does not divide": (
+        lambda: weights.quantize(jnp.ones((6, 4)), axes="embed -> mlp", group=4),
+        "group 4 does not divide axis 'embed' of 6; nearest is 2",
+    ),
     "rank 0": (lambda: weights.lora(jnp.ones((6, 4)), 0, axes="embed -> mlp", rng=KEY), "rank of at least 1"),
 }
 

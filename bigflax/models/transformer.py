@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax import ops
-from bigflax.nn import ACTIVATIONS, Attention, Initializer, Linear, Mlp, Norm, dropout, normal, pick, stack, weight, zeros
+from bigflax.nn import ACTIVATIONS, NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, pick, stack, weight, zeros
 from bigflax.sharding import constrain
 
 
@@ -32,7 +32,7 @@ class Embed(nn.Module):
     norm: Norm | None = None
     dropout: float = 0.0
     dtype: str = "float32"
-    init: Initializer = normal(0.02)
+    init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, input_ids, position_ids=None, token_type_ids=None):
@@ -43,10 +43,14 @@ class Embed(nn.Module):
             if position_ids is None and input_ids.shape[1] > self.positions:
                 raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.positions} learned positions; cut the sequences")
             at = jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
-            x_BTD += ops.take(whole_rows(weight(self, "positions", (self.positions, self.features), "positions <- embed", self.init)), at, self.dtype)
+            x_BTD += ops.take(
+                whole_rows(weight(self, "positions", (self.positions, self.features), "positions <- embed", self.init)), at, self.dtype
+            )
         if self.types:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            x_BTD += ops.take(whole_rows(weight(self, "types", (self.types, self.features), "types <- embed", self.init)), kinds, self.dtype)
+            x_BTD += ops.take(
+                whole_rows(weight(self, "types", (self.types, self.features), "types <- embed", self.init)), kinds, self.dtype
+            )
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         return constrain(dropout(self, x_BTD, self.dropout), "batch", "seq", None), w_VD
@@ -86,7 +90,7 @@ class LmHead(nn.Module):
     vocab: int
     tied: bool = True
     softcap: float | None = None
-    init: Initializer = normal(0.02)
+    init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD):
@@ -128,7 +132,9 @@ class Transformer(nn.Module):
             position_ids = cache["index"][0] + jnp.arange(input_ids.shape[1])[None]
         x0_BTD, embed_VD = self.embed(input_ids, position_ids, token_type_ids)
         where = {"positions": position_ids, **visibility(input_ids, attention_mask, segment_ids, cached=cache is not None)}
-        x_BTD, (seen, cache) = stack(self.blocks, self.layers, x0_BTD, cache, remat=self.remat, unroll=self.unroll, keep=hidden_states, **where)
+        x_BTD, (seen, cache) = stack(
+            self.blocks, self.layers, x0_BTD, cache, remat=self.remat, unroll=self.unroll, keep=hidden_states, **where
+        )
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out: dict[str, Any] = {"last_hidden_state": x_BTD}
@@ -138,7 +144,7 @@ class Transformer(nn.Module):
         if cache is not None:
             out["cache"] = cache
         if self.head is not None:
-            factors = self.head(x_BTD, embed_VD)
+            factors: dict[str, Any] = self.head(x_BTD, embed_VD)
             out |= {"logits": unembed(**factors)} if logits else {"head": factors}
         return out
 

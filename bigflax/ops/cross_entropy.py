@@ -69,7 +69,8 @@ def linear_cross_entropy(
     x = constrain(_chunks(x_BTD, C, count, 0), None, "batch", "seq", None)
     labels = constrain(_chunks(labels_BT, C, count, IGNORE), None, "batch", "seq")
     if not is_typed(w_VD):
-        loss, correct = _recomputed(tuple(options.items()), x, w_VD, bias, labels)
+        both: Any = _recomputed(tuple(options.items()), x, w_VD, bias, labels)  # custom_vjp hides its type
+        loss, correct = both
     else:
         body = jax.checkpoint(lambda x_BCD, labels_BC: _direct(x_BCD, w_VD, bias, labels_BC, **options))
         loss, correct = jax.lax.map(lambda pair: body(*pair), (x, labels))
@@ -159,7 +160,7 @@ def _backward(options, saved, cotangents):
 
     start = (jnp.zeros(w_VD.shape, jnp.float32), None if bias is None else jnp.zeros(bias.shape, jnp.float32))
     (dw, dbias), dx_NBCD = jax.lax.scan(one, start, (x_NBCD, labels_NBC, lse_NBC, cotangents[0]))
-    return dx_NBCD, dw.astype(w_VD.dtype), None if bias is None else dbias.astype(bias.dtype), None
+    return dx_NBCD, dw.astype(w_VD.dtype), None if bias is None or dbias is None else dbias.astype(bias.dtype), None
 
 
 _recomputed.defvjp(_forward, _backward)

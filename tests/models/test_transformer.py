@@ -225,13 +225,14 @@ def test_neither_remat_nor_unrolling_changes_the_gradient(name, variant):
 @each_family
 def test_remat_recomputes(name):
     """Products in the traced program: "dots" repeats those of attention, "full" the layer's as well."""
-    products = [loss_and_grad(create(name, remat=remat)).lower(made(name)[1]).as_text().count("dot_general") for remat in ("none", "dots", "full")]
+    traced = (loss_and_grad(create(name, remat=remat)).lower(made(name)[1]) for remat in ("none", "dots", "full"))
+    products = [program.as_text().count("dot_general") for program in traced]
     assert products[0] < products[1] < products[2], products
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])  # Llama has none
 def test_dropout_is_a_function_of_the_key_and_off_without_one(name):
-    model, params, apply = made(name)
+    _, params, apply = made(name)
     ids = ids_of(1 + T)
     one, again, other = (np.asarray(apply(params, input_ids=ids, rng=jax.random.key(k))["logits"]) for k in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
@@ -284,7 +285,10 @@ def test_lora_over_int8_trains_a_and_b_alone_under_scan_and_remat(name):
 
     @jax.jit
     def run(kept, rest):
-        loss = lambda kept: (lambda out: (jnp.mean(out["logits"] ** 2), out["logits"]))(deep.apply(trees.combine(kept, rest), input_ids=ids))
+        def loss(kept):
+            logits = deep.apply(trees.combine(kept, rest), input_ids=ids)["logits"]
+            return jnp.mean(logits**2), logits
+
         return jax.value_and_grad(loss, has_aux=True)(kept)
 
     (_, logits), grads = run(kept, rest)
@@ -319,7 +323,7 @@ def test_mistakes(options, message):
 def test_inputs_that_cannot_be():
     shape = lambda length: jax.ShapeDtypeStruct((1, length), jnp.int32)
     model, params, _ = made("gpt2")
-    with pytest.raises(ValueError, match="attention_mask .* or segment_ids .* not both"):
+    with pytest.raises(ValueError, match=r"attention_mask .* or segment_ids .* not both"):
         jax.eval_shape(model.apply, params, input_ids=shape(T), attention_mask=shape(T), segment_ids=shape(T))
-    with pytest.raises(ValueError, match="17 tokens .* 16 learned positions"):
+    with pytest.raises(ValueError, match=r"17 tokens .* 16 learned positions"):
         jax.eval_shape(model.apply, params, input_ids=shape(17))

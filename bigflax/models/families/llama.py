@@ -13,7 +13,9 @@ _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, rm
 SIZES = {
     "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
     "llama2-7b": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
-    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama2-13b": dict(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096,
+    ),
     "llama3-8b": dict(**_LLAMA3, intermediate_size=14336),
     "llama3-70b": dict(**_LLAMA3, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
 }  # fmt: skip
