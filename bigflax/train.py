@@ -16,10 +16,12 @@ the other has a weight. Integer leaves and quantized weights are always frozen.
 Left out on purpose: a Trainer class, callbacks, and the gradient of anything that is not `params`.
 """
 
+import contextlib
+import functools
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -276,6 +278,58 @@ class StopSignal:
         return bool(multihost_utils.process_allgather(jnp.int32(self.received is not None)).any())
 
 
+class Interval:
+    """The steps since the last record: their metrics, not yet waited for, and their time, less what `pause` took out."""
+
+    def __init__(self, meter: Meter):
+        self.meter, self.metrics, self.stall, self.began = meter, [], 0.0, time.perf_counter()
+
+    def fetch(self, batches: Iterator[Any]) -> Any:
+        """The next batch or None. The wait counts as stall only if the device stood still: if its last step had ended when the batch came."""
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if not self.metrics or self.metrics[-1]["loss"].total.is_ready():
+            self.stall += time.perf_counter() - asked
+        return batch
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        self.metrics.append(metrics)
+        if len(self.metrics) > 1:  # one step ahead of the device, no more: batches would pile up in its memory
+            jax.block_until_ready(self.metrics[-2]["grad_norm"])
+
+    def record(self, at: int) -> dict[str, float]:
+        """Means and rates of the interval, the loss first; begins the next."""
+        sums, now = combine(self.metrics), time.perf_counter()
+        steps, counted = len(self.metrics), sums["loss"].count
+        rates = self.meter.record(steps, now - self.began, self.stall, step=at, tokens=counted if counted > steps else None)
+        self.metrics, self.stall, self.began = [], 0.0, now
+        return {"loss": sums["loss"].value, **as_floats(sums), **rates}
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
+
+class Trace:
+    """A profile of steps 6 to 10 of this session, for TensorBoard or Perfetto, in `folder` (None: nothing)."""
+
+    def __init__(self, folder: str | None, first: int):
+        self.folder, self.start, self.end, self.running = folder, first + 5, first + 10, False
+
+    def see(self, at: int, result: Any) -> None:
+        """Call after each step with its number and something to wait for."""
+        if self.folder and at in (self.start, self.end):
+            jax.block_until_ready(result)
+            (jax.profiler.stop_trace if self.running else functools.partial(jax.profiler.start_trace, self.folder))()
+            self.running = not self.running
+
+    def close(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+
+
 def fit(
     state: State, step: Step, loader: Any, *, steps: int, log_every: int = 10, eval_every: int | None = None, save_every: int | None = None,
     save_minutes: float = 10.0, profile: str | None = None, evaluate: Callable[[State], Mapping[str, float]] | None = None,
@@ -285,70 +339,48 @@ def fit(
     """Trains until `steps`, the end of the data, an early stop, or a stop signal; saves at the end whatever the reason.
 
     Every `log_every` steps `write(step, record)` gets the interval's metrics and rates; every `eval_every` what `evaluate(state)` returns,
-    its names behind "eval/". `checkpoints` (a `checkpoint.Checkpoints`) gets the state, the loader's position and `meta` every `save_every` steps,
-    every `save_minutes`, and after each evaluation that `watch` finds best. `profile` names a folder for a trace of five steps.
+    its names behind "eval/". `checkpoints` (a `checkpoint.Checkpoints`) gets the state, the loader's position and `meta` every `save_every`
+    steps, every `save_minutes`, and after each evaluation that `watch` finds best. `profile` names a folder for a trace of five steps.
     """
     if log_every < 1:
         raise ValueError(f"log_every {log_every} must be at least 1; a large number logs the last step only")
-    meter, write = meter or Meter(total_steps=steps), write or (lambda step, record: None)
-    at, batches, waiting, stall = int(state.step), iter(loader), [], 0.0
-    saved_at, clock, saved_time = at, time.perf_counter(), time.perf_counter()
-    evaluated, evaluated_at = {}, -1
-    first, done = at, watch is not None and watch.ended
-
-    def save() -> None:
-        nonlocal saved_at, saved_time
-        if checkpoints is not None and saved_at != at:
-            watched = {} if watch is None else {"watch": {"best": watch.best, "idle": watch.idle}}
-            checkpoints.save(
-                at, state, data=loader.state(), meta={**(meta or {}), **watched}, metrics=evaluated if evaluated_at == at else None
-            )
-        saved_at, saved_time = at, time.perf_counter()
+    write = write or (lambda step, record: None)
+    at, batches, interval = int(state.step), iter(loader), Interval(meter or Meter(total_steps=steps))
+    trace, done = Trace(profile, at), watch is not None and watch.ended
+    saved_at, saved_time, evaluated = at, time.perf_counter(), None
 
     while at < steps and not done:
-        asked = time.perf_counter()
-        batch = next(batches, None)
+        batch = interval.fetch(batches)
         if batch is None:
             break
-        # The device stood still only if its last step had ended by the time the batch came.
-        if not waiting or waiting[-1]["loss"].total.is_ready():
-            stall += time.perf_counter() - asked
-        if profile and at == first + 5:
-            jax.profiler.start_trace(profile)
         state, metrics = step(state, batch)
         at += 1
-        waiting.append(metrics)
-        if len(waiting) > 1:
-            jax.block_until_ready(waiting[-2]["grad_norm"])  # one step ahead of the device, no more: batches would pile up in its memory
-        if profile and at in (first + 10, steps):
-            jax.block_until_ready(state.step)
-            jax.profiler.stop_trace()
-            profile = None
-        if at % log_every == 0 or at == steps:
-            sums = combine(waiting)
-            now = time.perf_counter()
-            rates = meter.record(
-                len(waiting), now - clock, stall, step=at, tokens=sums["loss"].count if sums["loss"].count > len(waiting) else None
-            )
-            write(at, {**as_floats(sums), **rates, "skipped": int(state.skipped)})
-            waiting, stall, clock = [], 0.0, now
-        if evaluate is not None and eval_every and (at % eval_every == 0 or at == steps):
-            paused = time.perf_counter()
-            evaluated, evaluated_at = {name: float(value) for name, value in evaluate(state).items()}, at
-            write(at, {f"eval/{name}": value for name, value in evaluated.items()})
-            if watch is not None:
-                done = watch.see(evaluated)
-                if watch.idle == 0:
-                    save()
-            clock += time.perf_counter() - paused
-        if stop is not None and (jax.process_count() == 1 or at % log_every == 0) and stop.agreed():
-            done = True
-        if (save_every and at % save_every == 0) or _due(saved_time, save_minutes, at % log_every == 0):
-            paused = time.perf_counter()
-            save()
-            clock += time.perf_counter() - paused
-    save()
+        interval.add(metrics)
+        trace.see(at, metrics)
+        logs = at % log_every == 0 or at == steps
+        if logs:
+            skipped = {"skipped": n} if (n := int(state.skipped)) else {}
+            write(at, {**interval.record(at), **skipped})
+        with interval.pause():
+            evaluated, best = None, False
+            if evaluate is not None and eval_every and (at % eval_every == 0 or at == steps):
+                evaluated = {name: float(value) for name, value in evaluate(state).items()}
+                write(at, {f"eval/{name}": value for name, value in evaluated.items()})
+                done = watch is not None and watch.see(evaluated)
+                best = watch is not None and watch.idle == 0
+            done = done or (stop is not None and (jax.process_count() == 1 or logs) and stop.agreed())
+            if checkpoints is not None and (done or best or (save_every and at % save_every == 0) or _due(saved_time, save_minutes, logs)):
+                _save(checkpoints, at, state, loader, meta, watch, evaluated)
+                saved_at, saved_time = at, time.perf_counter()
+    trace.close()
+    if checkpoints is not None and saved_at != at:
+        _save(checkpoints, at, state, loader, meta, watch, evaluated)
     return state
+
+
+def _save(checkpoints, at, state, loader, meta, watch, evaluated) -> None:
+    watched = {} if watch is None else {"watch": {"best": watch.best, "idle": watch.idle}}
+    checkpoints.save(at, state, data=loader.state(), meta={**(meta or {}), **watched}, metrics=evaluated)
 
 
 def _due(since: float, minutes: float, agreed_moment: bool) -> bool:

@@ -286,7 +286,7 @@ def test_fit_logs_evaluates_and_saves_when_told():
     # every 8, the best evaluations with their metrics, and the end
     assert shelf.saved == [(5, {"loss": 3.0}), (8, None), (10, {"loss": 1.0}), (16, None), (20, {"loss": 4.0})]
     first = records[0][1]
-    assert {"loss", "grad_norm", "skipped", "step_time", "data_stall", "memory", "eta"} <= first.keys()
+    assert {"loss", "grad_norm", "step_time", "data_stall", "memory", "eta"} <= first.keys()
 
 
 def test_early_stop():
@@ -315,3 +315,8 @@ def test_a_stop_signal_saves_and_ends():
 def test_a_metric_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no metric 'los' to watch; the evaluation has 'loss'"):
         train.Watch("los").see({"loss": 1.0})
+
+
+def test_a_profile_is_written(tmp_path):
+    run_fit(profile=str(tmp_path), steps=12)
+    assert list(tmp_path.rglob("*.xplane.pb"))
