@@ -44,7 +44,9 @@ def _check(module, length: int, new: int, mask, temperature: float, top_k: int |
         said = f"max_new_tokens {new}, temperature {temperature}, top_k {top_k} and top_p {top_p}"
         raise ValueError(f"{said} are to be at least 1, at least 0, at least 1 (or None), and above 0 up to 1 (or None)")
     if module.embed.positions and length + new > module.embed.positions:
-        raise ValueError(f"{length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer")
+        raise ValueError(
+            f"{length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer"
+        )
     if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool((mask[:, -1] != 0).all()):
         raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
 

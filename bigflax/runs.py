@@ -89,9 +89,8 @@ class Run:
 
     def loader(self, split: str) -> data.Loader:
         """Endless for "train"; one pass over "validation"."""
-        options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field")
-        if split != "train":
-            options |= {"workers": 0, "shards": None}
+        here = () if split == "train" else ("workers", "shards")  # one pass fills its rows best as one shard, which is its default
+        options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field", *here)
         return data.text_batches(
             self.sources,
             self.tokenizer,
@@ -181,8 +180,8 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             loader.restore(restored.data)
             say(f"resumed from step {at} of {checkpoints.folder}")
         step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, **config.step)
-        writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
         meter = Meter(flops_per_step=run.flops_per_step(loader), peak_flops=chips.peak_flops(), total_steps=config.fit.steps)
+        writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
         try:
             state = train.fit(
                 state, step, loader, **config.fit, evaluate=run.evaluator(), checkpoints=checkpoints,
@@ -191,8 +190,10 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         finally:
             writers.close()
             loader.close()
-    if stop.received is not None and int(state.step) < config.fit.steps:
-        say(f"stopped by {stop.received} at step {int(state.step)}; everything is saved, the same command continues")
+    if stop.agreed() and int(state.step) < config.fit.steps:
+        say(
+            f"stopped by {stop.received or 'a signal to another host'} at step {int(state.step)}; everything is saved, the same command continues"
+        )
         return STOPPED
     text = run.sample(state.weights)
     if first:

@@ -5,6 +5,7 @@ Not a test: test_resume.py, test_hosts.py, test_bad_input.py and test_main.py sh
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -80,7 +81,7 @@ def started(argv: list[str], devices: int = 1) -> Iterator[subprocess.Popen]:
             child.kill()
 
 
-def ended(child: subprocess.Popen, timeout: float = 180) -> Ended:
+def ended(child: subprocess.Popen, timeout: float = 400) -> Ended:
     out, err = child.communicate(timeout=timeout)
     return Ended(child.returncode, out, err)
 
@@ -90,13 +91,13 @@ def completed(argv: list[str], devices: int = 1) -> Ended:
         return ended(child)
 
 
-def wait_for(condition: Callable[[], Any], child: subprocess.Popen, timeout: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], child: subprocess.Popen, timeout: float = 400) -> Any:
     """Polls until `condition()` holds or the process has ended, whichever comes first, and returns its last value."""
     until = time.monotonic() + timeout
     while not (value := condition()) and child.poll() is None:
         if time.monotonic() > until:
             raise TimeoutError(f"nothing happened within {timeout} s")
-        time.sleep(0.0005)
+        time.sleep(0.001)
     return value
 
 
@@ -106,6 +107,18 @@ def wait_for(condition: Callable[[], Any], child: subprocess.Popen, timeout: flo
 def history(work: Path) -> list[tuple]:
     """What was learned at each step, to the bit (JSON keeps floats exactly)."""
     return [tuple(record[name] for name in LEARNED) for record in read_jsonl(work / "metrics.jsonl") if "loss" in record]
+
+
+def steps_done(work: Path) -> int:
+    """The step of the last line of the log, cheap enough to ask often."""
+    try:
+        with open(work / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    whole = [line for line in lines[-2:] if line.startswith(b'{"step": ') and line.endswith(b"}\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def steps_on_disk(work: Path) -> list[int]:

@@ -214,6 +214,7 @@ def test_weights_and_moments_lie_as_the_mesh_says(whole, model, mesh):
     assert specs(state.opt[0].mu) == specs(state.opt[0].nu) == specs(state.params)
 
 
+@pytest.mark.slow
 @models
 @ways
 def test_a_killed_run_ends_as_one_that_was_not(whole, text, tmp_path, model, mesh):
@@ -227,7 +228,8 @@ def test_a_killed_run_ends_as_one_that_was_not(whole, text, tmp_path, model, mes
     assert len(read) == batches - 6  # it went on from step 6 and did not begin anew
 
 
-@pytest.mark.filterwarnings("ignore:.*what an interrupted save left")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*unfinished saves")
 def test_kill_9(whole, text, tmp_path):
     code = f"import test_custom_step as t; t.counting({KILLED_AT}, t.kill); t.run({text!r}, {str(tmp_path)!r}, 'plain', 'data=8')"
     child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=180)

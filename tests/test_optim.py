@@ -70,7 +70,7 @@ def test_every_optimizer_is_in_the_table():
 TOLD = [*((name, "axes") for name in OPTIMIZERS), ("adamw", "dimensions"), ("adamw", "rules"), ("muon", "rules")]
 
 
-@pytest.mark.parametrize("name, told", TOLD, ids=lambda text: text)
+@pytest.mark.parametrize("name, told", TOLD, ids=str)
 def test_decay_takes_rate_times_decay_of_what_it_names_and_leaves_the_rest(name, told):
     """Without a gradient an update is decay alone: -lr * weight_decay * w, step after step, for every optimizer alike."""
     rules = [("tokens", False), ("q|.*bias", True), (".*", False)]

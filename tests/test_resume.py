@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from running import arguments, completed, ended, final, history, make_recipe, started, steps_on_disk, temporary, wait_for
+from running import arguments, completed, ended, final, history, make_recipe, started, steps_done, steps_on_disk, temporary, wait_for
 
 from bigflax import recipes, runs, sharding, writers
 from bigflax.main import main
@@ -29,13 +29,17 @@ def recipe(tmp_path):
 # When to kill a process, as seconds or as what to wait for and how many seconds more.
 MOMENTS = {
     "while it starts": lambda chance, child, work, at: time.sleep(chance.uniform(0, 4)),
-    "between two steps": lambda chance, child, work, at: await_step(child, work, at + chance.randint(1, 7)) and time.sleep(chance.uniform(0, 0.1)),
-    "inside a save": lambda chance, child, work, at: await_save(child, work, at + chance.randint(1, 7)) and time.sleep(chance.uniform(0, 0.03)),
+    "between two steps": lambda chance, child, work, at: (
+        await_step(child, work, at + chance.randint(1, 7)) and time.sleep(chance.uniform(0, 0.1))
+    ),
+    "inside a save": lambda chance, child, work, at: (
+        await_save(child, work, at + chance.randint(1, 7)) and time.sleep(chance.uniform(0, 0.03))
+    ),
 }
 
 
 def await_step(child, work, step):
-    return wait_for(lambda: history(work)[-1:] >= [(step,)], child)
+    return wait_for(lambda: steps_done(work) >= step, child)
 
 
 def await_save(child, work, step):
