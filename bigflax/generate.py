@@ -33,7 +33,7 @@ def generate(
         raise ValueError("sampling needs rng; give a key, or temperature=0 for the likeliest token each time")
     mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
     rng = jax.random.key(0) if rng is None else rng
-    layout = sharding._tracing.get()
+    layout = sharding.current_layout()
     return _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, layout and layout[0])
 
 

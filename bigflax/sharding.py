@@ -158,6 +158,11 @@ def tracing_on(mesh: Mesh | None, table: Table = TABLE):
         _tracing.reset(token)
 
 
+def current_layout() -> tuple[Mesh, Table] | None:
+    """The mesh and table of the enclosing `tracing_on`: part of what a program compiled inside depends on, so part of its cache key."""
+    return _tracing.get()
+
+
 def start_hosts(*, coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300) -> None:
     """Joins this process to the others before JAX is first used; on Cloud TPU, GKE and Slurm the arguments are found by themselves.
 

@@ -5,7 +5,9 @@
 
 A byte-level BPE is trained on the training files; the figure to watch is `bits_per_byte` on files held out by a hash of their names.
 
-Measured: not yet run.
+Measured, short, two x86 cores shared with other work (load 6 to 12), JAX 0.10.2: held-out 1.895 bits per byte after 160 steps, where
+gzip -9 needs 1.991, xz -9 1.652 and a 3-gram byte model 2.524; 163 s from command to summary with an empty compilation cache, half a
+second a step. A quiet machine has not been timed yet. Long: not yet run.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +33,7 @@ def get_config(variant: str = "short"):
             data=dict(source=dict(kind="python"), length=256 if long else 128, batch_size=16, validation_fraction=0.03),
             task=dict(name="causal_lm"),
             optimizer=dict(name="muon", lr=0.02, kind="linear", warmup_steps=10, final=0.0, weight_decay=0.01),
-            fit=dict(steps=2000 if long else 160, log_every=10, eval_every=500 if long else 80, save_minutes=0.5),
+            fit=dict(steps=2000 if long else 160, log_every=10, eval_every=500 if long else 160, save_minutes=0.5),
             watch=dict(metric="bits_per_byte"),
             sample=dict(prompt="def read_lines(path):\n", max_new_tokens=120, temperature=0.5),
             yardsticks=True,

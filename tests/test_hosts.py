@@ -40,7 +40,8 @@ def all_ended(children):
 
 
 def assert_same(work, whole):
-    """Losses of the same batches: hosts sum them in another order, and 2^-24 of rounding in a gradient passes through Adam into weights."""
+    """Losses of the same batches. Hosts sum in another order: 2^-24 of rounding in a gradient, carried by Adam into weights step after step,
+    stays below 1e-5 of the loss while the learning rate is small (at 0.01, where this model diverges, it reaches 6e-5 after 60 steps)."""
     got, want = np.array(history(work)), np.array(history(whole))
     np.testing.assert_array_equal(got[:, 0], want[:, 0])
     np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=1e-5)
@@ -49,7 +50,7 @@ def assert_same(work, whole):
 def test_one_process_then_two_then_one(recipe, cache):
     """Eight devices in one process, four in each of two, eight in one: one run. It changes hands by SIGTERM, sent to one process only."""
     work, whole = recipe.parent / "work", recipe.parent / "whole"
-    argv = arguments(recipe, "fit.steps=60", "mesh.data=2", "mesh.fsdp=4", cache=cache)
+    argv = arguments(recipe, "fit.steps=60", "optimizer.lr=1e-3", "mesh.data=2", "mesh.fsdp=4", cache=cache)
     assert completed([*argv, f"--config.work={whole}"], 8).code == 0
 
     with started(argv, 8) as child:

@@ -140,7 +140,16 @@ def test_stop_finish_and_change(recipe, cache, one_device, stop_at, capsys):
 
 def test_an_early_stop_is_an_end(recipe, cache, one_device, capsys):
     """The evaluation that ended a run ends it for good: a second start does not train past it."""
-    argv = arguments(recipe, "optimizer.lr=3.0", "optimizer.clip=None", "fit.eval_every=1", "watch.patience=1", "fit.steps=40", cache=cache)
+    argv = arguments(
+        recipe,
+        "optimizer.lr=3.0",
+        "optimizer.clip=None",
+        "fit.eval_every=1",
+        "watch.patience=1",
+        "fit.steps=40",
+        "optimizer.lr=1e-3",
+        cache=cache,
+    )
     assert main(argv) == 0
     stopped, seen = steps_on_disk(recipe.parent / "work"), history(recipe.parent / "work")
     assert len(seen) < 40
@@ -188,9 +197,9 @@ def test_restored_onto_8_then_1_then_4_devices(recipe, cache):
     """The run goes on as on one device. Sums over a batch are taken in another order on each mesh, so losses agree to a few of float32's
     24 bits less: each step adds rounding of 2^-24 in gradients, which Adam (lr 0.01, moments divided by their root) carries into weights."""
     whole, work = recipe.parent / "whole", recipe.parent / "work"
-    assert completed(arguments(recipe, f"work={whole}", "fit.steps=40", cache=cache)).code == 0
+    assert completed(arguments(recipe, f"work={whole}", "fit.steps=40", "optimizer.lr=1e-3", cache=cache)).code == 0
     for devices, mesh in MESHES.items():
-        with started(arguments(recipe, "fit.steps=40", *mesh, cache=cache), devices) as child:
+        with started(arguments(recipe, "fit.steps=40", "optimizer.lr=1e-3", *mesh, cache=cache), devices) as child:
             begun = max(steps_on_disk(work), default=0)
             if devices != 4:
                 await_step(child, work, begun + 4)
