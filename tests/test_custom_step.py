@@ -232,7 +232,7 @@ def test_a_killed_run_ends_as_one_that_was_not(whole, text, tmp_path, model, mes
 @pytest.mark.filterwarnings("ignore:.*unfinished saves")
 def test_kill_9(whole, text, tmp_path):
     code = f"import test_custom_step as t; t.counting({KILLED_AT}, t.kill); t.run({text!r}, {str(tmp_path)!r}, 'plain', 'data=8')"
-    child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=180)
+    child = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=600)
     assert child.returncode == -signal.SIGKILL, child.stderr
     with bigflax.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() in (4, 6)

@@ -119,7 +119,7 @@ def execute(name, folder, steps, report, insert=None):
     code = f"import json\nprint('\\nREPORT ' + json.dumps({textwrap.dedent(report).strip()}))"
     notebook.cells.append(nbformat.v4.new_code_cell(code, id="report"))
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu", "BIGFLAX_NOTEBOOK_STEPS": str(steps)}
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     client.execute(env={**env, "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PLATFORM_DIRS": "1"})
     texts = {c["id"]: "".join(o.get("text", "") for o in c["outputs"]) for c in notebook.cells if c["cell_type"] == "code"}
     images = {c["id"] for c in notebook.cells if c["cell_type"] == "code" for o in c["outputs"] if "image/png" in o.get("data", {})}

@@ -147,7 +147,6 @@ def test_an_early_stop_is_an_end(recipe, cache, one_device, capsys):
         "fit.eval_every=1",
         "watch.patience=1",
         "fit.steps=40",
-        "optimizer.lr=1e-3",
         cache=cache,
     )
     assert main(argv) == 0
