@@ -28,7 +28,9 @@ def generate(
     unless temperature is 0. `top_k` keeps the k likeliest tokens, `top_p` the likeliest whose probability reaches p. Raises ValueError
     for what cannot be: padding on the right, more tokens than learned positions, an encoder.
     """
-    _check(model.module, input_ids.shape[1], max_new_tokens, attention_mask, temperature, top_k, top_p)
+    check(model, input_ids.shape[1], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if attention_mask is not None and not isinstance(attention_mask, jax.core.Tracer) and not bool((attention_mask[:, -1] != 0).all()):
+        raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
     if temperature > 0 and rng is None:
         raise ValueError("sampling needs rng; give a key, or temperature=0 for the likeliest token each time")
     mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -37,7 +39,11 @@ def generate(
     return _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, layout and layout[0])
 
 
-def _check(module, length: int, new: int, mask, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check(
+    model: Model, length: int, *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> None:
+    """Raises the ValueErrors of `generate` that a prompt's length and the options decide: before a long training, say."""
+    module, new = model.module, max_new_tokens
     if module is None or not module.blocks.attention.causal:
         raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2 or llama")
     if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
@@ -47,8 +53,6 @@ def _check(module, length: int, new: int, mask, temperature: float, top_k: int |
         raise ValueError(
             f"{length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer"
         )
-    if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool((mask[:, -1] != 0).all()):
-        raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "mesh"))

@@ -118,6 +118,8 @@ def prepare(args: argparse.Namespace) -> None:
     """What must be said to JAX before its first use: devices, compilation cache, the other hosts."""
     if getattr(args, "hosts", None) is None and (getattr(args, "host", None) is not None or getattr(args, "coordinator", None)):
         raise ValueError("--host and --coordinator need --hosts=N, the number of processes")
+    if args.fake_devices is not None and args.fake_devices < 1:
+        raise ValueError(f"--fake-devices={args.fake_devices} is none; give 1 or more, or leave it out for the devices that are there")
     import jax
 
     if args.fake_devices:

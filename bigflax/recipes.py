@@ -60,7 +60,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "work": "",
         # vocab_size None: the tokenizer's own
         "model": {"name": "", "size": None, **_keywords(family.build), **(family.SIZES[size] if size else {}), "vocab_size": None},
-        "tokenizer": {"kind": "bpe", "path": None, "mask": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192},
+        "tokenizer": {"kind": "bpe", "path": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192},
         "data": {
             **_keywords(data.text_batches, "source", "tokenizer", "split", "seed", "repeat", "mesh", "quality", "loader"),
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),

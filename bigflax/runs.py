@@ -22,6 +22,7 @@ from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
 from bigflax.flops import count_flops
+from bigflax.generate import check as check_generate
 from bigflax.generate import generate
 from bigflax.metrics import Meter
 from bigflax.writers import open_writers, read_jsonl
@@ -76,7 +77,7 @@ class Run:
             return data.load_tokenizer(kept)
         if c.kind == "bpe":
             texts = (text for records in self.records("train") for text in data.sample_texts(records, seed=self.config.seed))
-            made = data.train_bpe(texts, c.vocab_size, max_bytes=c.max_bytes)
+            made = data.train_bpe(texts, c.vocab_size, max_bytes=c.max_bytes, mask=c.mask)
         elif c.kind == "file" and not c.path:
             raise ValueError("tokenizer.kind 'file' needs tokenizer.path: a tokenizer.json, or a folder with one")
         elif c.kind in ("bytes", "file"):
@@ -135,15 +136,30 @@ class Run:
             lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[0].total, self.model.shapes(), loader.spec
         )
 
-    def sample(self, params: Any) -> str | None:
-        """The continuation of the recipe's prompt, or None where the recipe has none or the model cannot continue."""
-        c = self.config.sample
-        if not c.prompt or self.config.data.objective != "causal":
+    def check_end(self, loader: data.Loader, watch: train.Watch) -> None:
+        """Raises now what would otherwise come up at the first evaluation, a metric to watch that there is not, or after the last step, a
+        sample that the model cannot write."""
+        if self.config.fit.eval_every:
+            measure = lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[1]
+            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec)])
+        if (ids := self.prompt()) is not None:
+            check_generate(self.model, ids.shape[1], **_options(self.config.sample, "prompt"))
+
+    def prompt(self) -> np.ndarray | None:
+        """The recipe's prompt as token ids [1, T], or None where it has none or the model learns something else than to continue."""
+        text = self.config.sample.prompt
+        if not text or self.config.data.objective != "causal":
             return None
-        ids = jnp.array([[self.tokenizer.bos_id, *self.tokenizer.encode(c.prompt)]])
+        return np.array([[self.tokenizer.bos_id, *self.tokenizer.encode(text)]], np.int32)
+
+    def sample(self, params: Any) -> str | None:
+        """The prompt and its continuation; None where there is no prompt."""
+        c, ids = self.config.sample, self.prompt()
+        if ids is None:
+            return None
         with sharding.tracing_on(self.mesh):
             tokens = generate(
-                self.model, params, ids, **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed)
+                self.model, params, jnp.asarray(ids), **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed)
             )
         new = np.asarray(tokens)[0].tolist()
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
@@ -171,6 +187,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         run.check()
         loader = run.loader("train")
         loader.start()  # reads ahead while the model compiles
+        run.check_end(loader, watch)
         say(describe(run))
         if at is None:
             state = run.init_state()

@@ -68,23 +68,29 @@ def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
+def axes_of(name: str | None, size: int, mesh: Mesh, table: Table = TABLE, used: Sequence[str] = ()) -> tuple[str, ...]:
+    """The mesh axes, larger than 1 and not `used`, that carry a dimension of this axis name: as many in the table's order as divide it."""
+    wanted = table.get(name) if name is not None else None
+    chosen: tuple[str, ...] = ()
+    for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+        share = math.prod(mesh.shape[a] for a in chosen) * mesh.shape.get(axis, 1)
+        if mesh.shape.get(axis, 1) > 1 and axis not in used and size % share == 0:
+            chosen += (axis,)
+    return chosen
+
+
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, table: Table = TABLE) -> PartitionSpec:
     """Which mesh axes carry each dimension of an array whose axes bear these names.
 
     Each mesh axis is used once, by the first dimension that asks for it. A dimension that an axis does not divide stays whole on it
     (a vocabulary of 50257 over tensor=2): such an array is replicated there, never padded.
     """
-    used: set[str] = set()
+    used: tuple[str, ...] = ()
     parts = []
     for name, size in zip(names, shape, strict=True):
-        wanted = table.get(name) if name is not None else None
-        chosen: list[str] = []
-        for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-            share = math.prod(mesh.shape[a] for a in chosen) * mesh.shape.get(axis, 1)
-            if mesh.shape.get(axis, 1) > 1 and axis not in used and size % share == 0:
-                chosen.append(axis)
-        used.update(chosen)
-        parts.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+        chosen = axes_of(name, size, mesh, table, used)
+        used += chosen
+        parts.append(chosen if len(chosen) > 1 else chosen[0] if chosen else None)
     while parts and parts[-1] is None:
         parts.pop()
     return PartitionSpec(*parts)

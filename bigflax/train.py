@@ -237,13 +237,17 @@ class Watch:
         self.best, self.idle = None, 0
 
     def see(self, values: Mapping[str, float]) -> bool:
-        """Takes in an evaluation; True where training should end. Raises ValueError where the metric is not among the values."""
-        if self.metric not in values:
-            raise ValueError(f"no metric {self.metric!r} to watch; {trees.did_you_mean(self.metric, values, 'the evaluation has')}")
+        """Takes in an evaluation; True where training should end. Raises ValueError as `check` does."""
+        self.check(values)
         value = values[self.metric]
         better = self.best is None or (value < self.best if self.mode == "min" else value > self.best)
         self.best, self.idle = (value, 0) if better else (self.best, self.idle + 1)
         return self.ended
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises ValueError where the metric is not among an evaluation's names."""
+        if self.metric not in (names := list(names)):
+            raise ValueError(f"no metric {self.metric!r} to watch; {trees.did_you_mean(self.metric, names, 'the evaluation has')}")
 
     @property
     def ended(self) -> bool:

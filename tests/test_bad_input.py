@@ -56,6 +56,9 @@ CASES = {
         ["data.max_bad=0", "data.source.path={}/bad"],
         "1 bad records, more than max_bad=0 allows; the first is",
     ),
+    "metric to watch that there is not": (["fit.eval_every=3", "watch.metric=acuracy"], "no metric 'acuracy' to watch; .*'accuracy'"),
+    "sample longer than the positions": (["sample.prompt=the", "sample.max_new_tokens=40"], "4 tokens and 40 new ones do not fit .* 32 positions"),
+    "sample from an impossible choice": (["sample.prompt=the", "sample.temperature=-1.0"], "temperature -1.0, .* are to be .* at least 0"),
     "no work folder": (["work="], "the recipe names no work folder; add --config.work=DIR"),
     "work folder that is a file": (["work={}/recipe.py"], "recipe.py"),
 }
@@ -87,6 +90,7 @@ COMMANDS = {
         "unknown argument '--confg.fit.steps=3'; a recipe's keys are written --config.key=value",
     ),
     "override without a value": (["train", "--config.fit.steps"], "has no value; write --config.fit.steps=VALUE"),
+    "no fake devices": (["train", "--fake-devices=0"], "--fake-devices=0 is none; give 1 or more"),
     "host without hosts": (["train", "--host=1"], "--host and --coordinator need --hosts=N"),
     "nothing to generate from": (["generate", "--work=nowhere", "--prompt=a"], "there is no checkpoint in .*nowhere/checkpoints"),
 }

@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bigflax.data.loader import Loader, batch_sharding, virtual_shards
+    from bigflax.data.loader import Loader, virtual_shards
     from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches
     from bigflax.data.quality import BadRecord, Quality
     from bigflax.data.sources import SOURCES, Source, open_source
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
-    "loader": ("Loader", "batch_sharding", "virtual_shards"),
+    "loader": ("Loader", "virtual_shards"),
     "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches"),
     "quality": ("BadRecord", "Quality"),
     "sources": ("SOURCES", "Source", "open_source"),
@@ -23,7 +23,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "SOURCES", "BadRecord", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text", "Tokenizer",
-    "batch_sharding", "byte_tokenizer", "in_split", "load_tokenizer", "open_source", "record_batches", "sample_texts",
+    "byte_tokenizer", "in_split", "load_tokenizer", "open_source", "record_batches", "sample_texts",
     "text_batches", "train_bpe", "virtual_shards",
 ]  # fmt: skip
 

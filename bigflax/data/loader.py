@@ -13,7 +13,6 @@ Legend: B batch, S virtual shards.
 import dataclasses
 import functools
 import json
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,11 +21,11 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from bigflax.data.rows import Ahead, Frame, Rows, WorkerRows, blank, describe, join
+from bigflax.sharding import batch_sharding, check_batch
 
-BATCH_AXES = ("slice", "data", "fsdp")
 MAX_SHARDS = 64
 Batch = dict[str, jax.Array]
 
@@ -34,19 +33,6 @@ Batch = dict[str, jax.Array]
 def virtual_shards(batch_size: int, most: int = MAX_SHARDS) -> int:
     """The largest divisor of the batch size that is at most `most`."""
     return max(d for d in range(1, min(batch_size, most) + 1) if batch_size % d == 0)
-
-
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
-    """Rows over those of the axes slice, data, fsdp that the mesh has; ValueError where the batch does not divide over them."""
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    parts = math.prod(mesh.shape[axis] for axis in axes)
-    if batch_size % parts:
-        nearest = max(parts, round(batch_size / parts) * parts)
-        named = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-        raise ValueError(
-            f"batch {batch_size} does not divide over the {parts} parts of the mesh ({named}); the nearest that does is {nearest}"
-        )
-    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 class Loader:
@@ -73,13 +59,15 @@ class Loader:
     ):
         if batch_size < 1 or prefetch < 1 or workers < 0:
             raise ValueError(f"batch_size {batch_size} and prefetch {prefetch} must be at least 1, workers {workers} at least 0")
+        if mesh is not None:
+            check_batch(batch_size, mesh)
         self.batch_size, self.shards = batch_size, shards or virtual_shards(batch_size)
         if batch_size % self.shards:
             nearest = virtual_shards(batch_size, self.shards)
             raise ValueError(f"batch {batch_size} does not divide over {self.shards} virtual shards; shards={nearest} does")
         self._make_shard, self._finite, self._workers, self._prefetch = make_shard, finite, workers, prefetch
         self._quality, self._identity = quality, json.loads(json.dumps(identity))
-        self._sharding = None if mesh is None else batch_sharding(mesh, batch_size)
+        self._sharding = None if mesh is None else batch_sharding(mesh)
         self._local = self._local_shards()
         self._positions: dict[str, Any] = {}
         self._ahead: Ahead | None = None

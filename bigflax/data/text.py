@@ -113,10 +113,12 @@ class Tokenizer:
         """Writes tokenizer.json and tokenizer_config.json; `load_tokenizer(folder)` has the same fingerprint."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=True))
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "mask_token": self.mask_id}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: self.inner.id_to_token(i) for k, i in ids.items() if i is not None}}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        # tokenizer.json last and each in one move: a folder that has it is whole, whenever the writer was killed
+        for name, text in {"tokenizer_config.json": json.dumps(config, indent=1), "tokenizer.json": self.inner.to_str(pretty=True)}.items():
+            (folder / f"{name}.tmp").write_text(text)
+            (folder / f"{name}.tmp").replace(folder / name)
 
 
 def _plain_bytes(token: str) -> int:
@@ -176,22 +178,22 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 8_000_000) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 8_000_000, mask: str | None = None) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` tokens (fewer only if the text has too few pairs), <|endoftext|> and <|pad|> among them.
 
-    Reads `texts` in the order given until `max_bytes`; the same texts give the same tokenizer.
+    `mask` is the name of a mask token to add, for masked language modelling. Reads `texts` in the order given until `max_bytes`; the same
+    texts give the same tokenizer.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size {vocab_size} is below 258: 256 bytes and 2 special tokens; use the bytes tokenizer")
+    special = [END, "<|pad|>", *([mask] if mask else [])]
+    if vocab_size < (least := 256 + len(special)):
+        raise ValueError(f"vocab_size {vocab_size} is below {least}: 256 bytes and {len(special)} special tokens; use the bytes tokenizer")
     inner = _byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END, "<|pad|>"], initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False)
     inner.train_from_iterator(_up_to(texts, max_bytes), trainer)
-    return Tokenizer(inner)
+    return Tokenizer(inner, **({"mask": mask} if mask else {}))
 
 
 def _up_to(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

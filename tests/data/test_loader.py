@@ -119,8 +119,8 @@ def test_a_stream_of_nothing_is_named():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 12, "mesh": {"data": 8}}, r"batch 12 does not divide over the 8 parts of the mesh \(data=8\); .* is 16"),
-        ({"batch_size": 3, "mesh": {"data": 2, "fsdp": 4}}, "nearest that does is 8"),
+        ({"batch_size": 12, "mesh": {"data": 8}}, r"batch 12 does not divide over 8 devices on axes 'data'; nearest is 8"),
+        ({"batch_size": 3, "mesh": {"data": 2, "fsdp": 4}}, "batch 3 .*nearest is 8"),
         ({"batch_size": 12, "shards": 5}, "shards=4 does"),
         ({"batch_size": 0}, "at least 1"),
     ],

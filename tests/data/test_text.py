@@ -74,6 +74,16 @@ def test_training_gives_the_size_asked_for_and_reads_no_more_than_allowed():
         train_bpe(CORPUS, 100)
 
 
+def test_a_mask_token_is_one_of_the_vocabulary(tmp_path):
+    tokenizer = train_bpe(CORPUS, 340, mask="[MASK]")
+    assert tokenizer.vocab_size == 340
+    assert tokenizer.decode([tokenizer.mask_id], skip_special=False) == "[MASK]" and tokenizer.mask_id in tokenizer.special_ids
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).mask_id == tokenizer.mask_id
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert train_bpe(CORPUS, 340).mask_id is None
+
+
 def wordpiece(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

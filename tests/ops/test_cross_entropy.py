@@ -1,5 +1,7 @@
 """The chunked loss head equals optax over whole logits, in values and gradients, and holds a chunk's logits only."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,15 +148,27 @@ def test_sharded_equals_unsharded():
     rng = np.random.default_rng(0)
     x, w = jnp.asarray(rng.normal(size=(8, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(40, 8)), jnp.float32)
     labels, g = jnp.asarray(rng.integers(0, 40, (8, 12))), jnp.ones((8, 12))
-    (expected, _), expected_grads = run(linear_cross_entropy, dict(x_BTD=x, w_VD=w), labels, g, chunk=32)
+    (expected, _), expected_grads = run(linear_cross_entropy, dict(x_BTD=x, w_VD=w), labels, g, chunk=16)
     mesh = make_mesh(data=2, context=2, tensor=2)
     put = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec)))
     with tracing_on(mesh):
         arrays = dict(x_BTD=put(x, "data", "context"), w_VD=put(w, "tensor"))
-        (loss, _), grads = run(linear_cross_entropy, arrays, put(labels, "data", "context"), g, chunk=32)
+        (loss, _), grads = run(linear_cross_entropy, arrays, put(labels, "data", "context"), g, chunk=16)
     np.testing.assert_allclose(loss, expected, atol=5e-6)  # the same sums in another order
     for name in grads:
         np.testing.assert_allclose(grads[name], expected_grads[name], atol=2e-5)  # over 96 tokens
+
+
+def test_a_chunk_counts_the_tokens_of_one_device():
+    """On more devices there are not more chunks, each with too few rows for a product; and none at all where one holds all it may."""
+
+    def chunks(mesh):
+        with tracing_on(mesh):
+            loss = lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=16)[0].sum()
+            text = str(jax.make_jaxpr(loss)(jnp.ones((8, 12, 4)), jnp.ones((40, 4)), jnp.zeros((8, 12), int)))
+        return int(found.group(1)) if (found := re.search(r"length=(\d+)", text)) else 1
+
+    assert [chunks(make_mesh(**sizes)) for sizes in (dict(tensor=8), dict(data=2, tensor=4), dict(data=2, fsdp=4))] == [6, 3, 1]
 
 
 @pytest.mark.parametrize(
