@@ -159,7 +159,12 @@ class Run:
             return None
         with sharding.tracing_on(self.mesh):
             tokens = generate(
-                self.model, params, jnp.asarray(ids), **_options(c, "prompt"), eos_id=self.tokenizer.eos_id, rng=jax.random.key(self.config.seed)
+                self.model,
+                params,
+                jnp.asarray(ids),
+                **_options(c, "prompt"),
+                eos_id=self.tokenizer.eos_id,
+                rng=jax.random.key(self.config.seed),
             )
         new = np.asarray(tokens)[0].tolist()
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)

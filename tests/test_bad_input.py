@@ -57,7 +57,10 @@ CASES = {
         "1 bad records, more than max_bad=0 allows; the first is",
     ),
     "metric to watch that there is not": (["fit.eval_every=3", "watch.metric=acuracy"], "no metric 'acuracy' to watch; .*'accuracy'"),
-    "sample longer than the positions": (["sample.prompt=the", "sample.max_new_tokens=40"], "4 tokens and 40 new ones do not fit .* 32 positions"),
+    "sample longer than the positions": (
+        ["sample.prompt=the", "sample.max_new_tokens=40"],
+        "4 tokens and 40 new ones do not fit .* 32 positions",
+    ),
     "sample from an impossible choice": (["sample.prompt=the", "sample.temperature=-1.0"], "temperature -1.0, .* are to be .* at least 0"),
     "no work folder": (["work="], "the recipe names no work folder; add --config.work=DIR"),
     "work folder that is a file": (["work={}/recipe.py"], "recipe.py"),
