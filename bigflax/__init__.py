@@ -14,12 +14,13 @@ _HOMES = {
     "bigflax.metrics": ("Mean",),
     "bigflax.checkpoint": ("Checkpoints", "restore_params", "target_like"),
     "bigflax.generate": ("generate",),
+    "bigflax.hub": ("load", "save"),
     "bigflax.weights": ("LoRA", "Quantized", "dense"),
     "bigflax.nn": ("Model",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
-    *("checkpoint", "chips", "curves", "data", "flops", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "tasks"),
+    *("checkpoint", "chips", "curves", "data", "flops", "hub", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "tasks"),
     *("trees", "weights", "yardsticks"),
 )
 

@@ -45,10 +45,10 @@ REMAT = {
 }
 
 
-def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+def pick(table: Mapping[Any, Any], name: str | None, what: str) -> Any:
     """`table[name]`. Raises ValueError that names what there is."""
     if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; {trees.did_you_mean(name, table, 'there are')}")
+        raise ValueError(f"unknown {what} {name!r}; {trees.did_you_mean(str(name), map(str, table), 'there are')}")
     return table[name]
 
 
@@ -113,6 +113,9 @@ class Model:
     apply: Callable[..., dict[str, Any]]
     axes: Any
     module: Any = None
+    family: str = ""  # of models.create, with the config it was built from: what hub.save writes
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: str | None = None  # the folder it was loaded from
 
     def shapes(self) -> Any:
         """The tree of ShapeDtypeStructs that `init` would make."""

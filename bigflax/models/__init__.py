@@ -3,6 +3,7 @@
 A family is one file in `families/`: `build(**config)` composes modules, and `SIZES` names its published sizes and a `tiny` one.
 """
 
+import dataclasses
 import importlib
 import inspect
 from typing import Any
@@ -31,4 +32,6 @@ def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:
     for key in config:
         if key not in known:
             raise ValueError(f"{name} has no config field {key!r}; {trees.did_you_mean(key, known)}")
-    return nn.model(home.build(**((home.SIZES[size] if size else {}) | config)), input_ids=jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    config = {name: p.default for name, p in known.items()} | (home.SIZES[size] if size else {}) | config
+    made = nn.model(home.build(**config), input_ids=jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    return dataclasses.replace(made, family=name, config=config)

@@ -3,7 +3,7 @@
     decoder   Transformer(Embed(...), Block(Attention(causal=True), Mlp(...), Norm()), norm=Norm(), head=LmHead())
     encoder   Transformer(Embed(types=2, norm=Norm()), Block(Attention(causal=False), ..., order="post"), head=MlmHead(...))
 
-Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, and
+The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, and
 `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request `hidden_states` and
 `cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
 `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
@@ -15,10 +15,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from bigflax import ops
-from bigflax.nn import ACTIVATIONS, NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, pick, stack, weight, zeros
+from bigflax.models.heads import Head
+from bigflax.nn import NORMAL, Attention, Initializer, Mlp, Norm, dropout, stack, weight
 from bigflax.sharding import constrain
 
 
@@ -36,6 +39,8 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, input_ids, position_ids=None, token_type_ids=None):
+        if not isinstance(input_ids, jax.core.Tracer) and (worst := int(np.asarray(input_ids).max(initial=0))) >= self.vocab:
+            raise ValueError(f"token id {worst} is outside of the vocabulary of {self.vocab}; is it the tokenizer of another model?")
         w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init)
         # Rows are looked up in a table that is whole in its width: XLA cannot shard the lookup's output by batch and by width at once.
         x_BTD = ops.take(whole_rows(w_VD, "vocab"), input_ids, self.dtype)
@@ -84,34 +89,6 @@ class Block(nn.Module):
         return x_BTD, (x_BTD if keep else None, cache)
 
 
-class LmHead(nn.Module):
-    """Logits by the embedding table (`tied`) or by a table of its own."""
-
-    vocab: int
-    tied: bool = True
-    softcap: float | None = None
-    init: Initializer = NORMAL
-
-    @nn.compact
-    def __call__(self, x_BTD, embed_VD):
-        w_VD = embed_VD if self.tied else weight(self, "w", (self.vocab, x_BTD.shape[-1]), "vocab <- embed", self.init)
-        return {"x_BTD": x_BTD, "w_VD": w_VD} | ({} if self.softcap is None else {"softcap": self.softcap})
-
-
-class MlmHead(nn.Module):
-    """BERT's: a layer, an activation, a norm, then logits by the embedding table and a bias."""
-
-    vocab: int
-    act: str
-    norm: Norm
-
-    @nn.compact
-    def __call__(self, x_BTD, embed_VD):
-        act = pick(ACTIVATIONS, self.act, "activation")
-        h_BTD = self.norm(act(Linear(x_BTD.shape[-1], "embed -> _", name="dense")(x_BTD)))
-        return {"x_BTD": h_BTD, "w_VD": embed_VD, "bias": weight(self, "bias", (self.vocab,), "vocab", zeros)}
-
-
 class Transformer(nn.Module):
     """An encoder or a decoder, which differ only in what it is composed of."""
 
@@ -119,7 +96,7 @@ class Transformer(nn.Module):
     blocks: Block
     layers: int
     norm: Norm | None = None
-    head: LmHead | MlmHead | None = None
+    head: Head | None = None
     remat: str = "none"
     unroll: int | bool = 1
 
@@ -144,8 +121,9 @@ class Transformer(nn.Module):
         if cache is not None:
             out["cache"] = cache
         if self.head is not None:
-            factors: dict[str, Any] = self.head(x_BTD, embed_VD)
-            out |= {"logits": unembed(**factors)} if logits else {"head": factors}
+            real_BT = attention_mask if segment_ids is None else segment_ids
+            found: dict[str, Any] = self.head(x_BTD, embed_VD, None if real_BT is None else real_BT > 0)
+            out |= found if "w_VD" not in found else {"logits": unembed(**found)} if logits else {"head": found}
         return out
 
 

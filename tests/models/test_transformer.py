@@ -308,6 +308,7 @@ MISTAKES = {
     "size": (dict(name="gpt2", size="124M"), "gpt2 has no size '124M'; the sizes are '124m'"),
     "field": (dict(name="llama", hidden_sizes=3), "llama has no config field 'hidden_sizes'; the nearest names are 'hidden_size'"),
     "activation": (dict(name="gpt2", size="tiny", activation_function="gelu_now"), "'gelu_now'.*'gelu_new'"),
+    "head": (dict(name="gpt2", size="tiny", head="causl_lm"), "unknown head 'causl_lm'; .*'causal_lm'"),
     "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
     "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
     "kv heads": (dict(name="llama", size="tiny", num_key_value_heads=3), "4 query heads do not divide over 3 kv heads"),

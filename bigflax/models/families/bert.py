@@ -3,8 +3,9 @@
 Arguments are the fields of the Hugging Face config (`model_type` "bert"), with its defaults.
 """
 
-from bigflax.models.transformer import Attention, Block, Embed, MlmHead, Mlp, Norm, Transformer
-from bigflax.nn import head_width, normal
+from bigflax.models.heads import EmbeddingHead, MlmHead, SequenceHead, TokenHead
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
+from bigflax.nn import head_width, normal, pick
 
 SIZES = {
     "tiny": dict(
@@ -29,6 +30,9 @@ def build(
     type_vocab_size: int = 2,
     initializer_range: float = 0.02,
     layer_norm_eps: float = 1e-12,
+    classifier_dropout: float | None = None,
+    head: str | None = "masked_lm",
+    num_labels: int = 2,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -40,8 +44,64 @@ def build(
         num_attention_heads, head_width(hidden_size, num_attention_heads), causal=False, bias=True, dropout=drop, init=init, out_init=init
     )
     mlp = Mlp(intermediate_size, hidden_act, bias=True, dropout=drop, init=init, out_init=init)
+    heads = {
+        None: SequenceHead(0, act="tanh", init=init),
+        "embedding": EmbeddingHead(),
+        "masked_lm": MlmHead(vocab_size, hidden_act, norm(), init),
+        "sequence_classification": SequenceHead(
+            num_labels, act="tanh", dropout=drop if classifier_dropout is None else classifier_dropout, init=init
+        ),
+        "token_classification": TokenHead(num_labels, dropout=drop if classifier_dropout is None else classifier_dropout, init=init),
+        "question_answering": TokenHead(2, ("start_logits", "end_logits"), init=init),
+    }
     return Transformer(
         embed=Embed(vocab_size, hidden_size, positions=max_position_embeddings, types=type_vocab_size, norm=norm(), dropout=drop, dtype=dtype, init=init),
-        blocks=Block(attention, mlp, norm(), order="post"), layers=num_hidden_layers, head=MlmHead(vocab_size, hidden_act, norm()),
-        remat=remat, unroll=unroll,
+        blocks=Block(attention, mlp, norm(), order="post"), layers=num_hidden_layers, head=pick(heads, head, "head"), remat=remat, unroll=unroll,
     )  # fmt: skip
+
+
+PREFIX = "bert."
+NAMES = {
+    "embeddings.word_embeddings.weight": ("embed/tokens", "V D"),
+    "embeddings.position_embeddings.weight": ("embed/positions", "P D"),
+    "embeddings.token_type_embeddings.weight": ("embed/types", "P D"),
+    "embeddings.LayerNorm.weight": ("embed/norm/scale", "D"),
+    "embeddings.LayerNorm.bias": ("embed/norm/bias", "D"),
+    **{
+        f"encoder.layer.{{l}}.attention.self.{n}.weight": (f"blocks/attention/{n[0]}", "(N H) D -> D N H")
+        for n in ("query", "key", "value")
+    },
+    **{
+        f"encoder.layer.{{l}}.attention.self.{n}.bias": (f"blocks/attention/{n[0]}_bias", "(N H) -> N H") for n in ("query", "key", "value")
+    },
+    "encoder.layer.{l}.attention.output.dense.weight": ("blocks/attention/out", "D (N H) -> N H D"),
+    "encoder.layer.{l}.attention.output.dense.bias": ("blocks/attention/out_bias", "D"),
+    "encoder.layer.{l}.attention.output.LayerNorm.weight": ("blocks/norm1/scale", "D"),
+    "encoder.layer.{l}.attention.output.LayerNorm.bias": ("blocks/norm1/bias", "D"),
+    "encoder.layer.{l}.intermediate.dense.weight": ("blocks/mlp/up", "F D -> D F"),
+    "encoder.layer.{l}.intermediate.dense.bias": ("blocks/mlp/up_bias", "F"),
+    "encoder.layer.{l}.output.dense.weight": ("blocks/mlp/down", "D F -> F D"),
+    "encoder.layer.{l}.output.dense.bias": ("blocks/mlp/down_bias", "D"),
+    "encoder.layer.{l}.output.LayerNorm.weight": ("blocks/norm2/scale", "D"),
+    "encoder.layer.{l}.output.LayerNorm.bias": ("blocks/norm2/bias", "D"),
+}
+_POOLER = {"bert.pooler.dense.weight": ("head/dense/w", "E D -> D E"), "bert.pooler.dense.bias": ("head/dense/b", "D")}
+_scores = lambda name: {f"{name}.weight": ("head/scores/w", "C D -> D C"), f"{name}.bias": ("head/scores/b", "C")}
+_MASKED = {
+    "cls.predictions.transform.dense.weight": ("head/dense/w", "E D -> D E"),
+    "cls.predictions.transform.dense.bias": ("head/dense/b", "D"),
+    "cls.predictions.transform.LayerNorm.weight": ("head/norm/scale", "D"),
+    "cls.predictions.transform.LayerNorm.bias": ("head/norm/bias", "D"),
+    "cls.predictions.bias": ("head/bias", "V"),
+}
+HEADS = {
+    None: ("BertModel", _POOLER),
+    "embedding": ("BertModel", {}),
+    "masked_lm": ("BertForMaskedLM", _MASKED),
+    "sequence_classification": ("BertForSequenceClassification", {**_POOLER, **_scores("classifier")}),
+    "token_classification": ("BertForTokenClassification", _scores("classifier")),
+    "question_answering": ("BertForQuestionAnswering", _scores("qa_outputs")),
+}
+BUFFERS = (r"embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)", r"cls\.seq_relationship\..*", r"pooler\..*")
+IGNORED = ("attention_probs_dropout_prob", "gradient_checkpointing")
+FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}

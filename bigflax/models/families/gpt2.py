@@ -3,7 +3,8 @@
 Arguments are the fields of the Hugging Face config (`model_type` "gpt2"), with its defaults.
 """
 
-from bigflax.models.transformer import Attention, Block, Embed, LmHead, Mlp, Norm, Transformer
+from bigflax.models.heads import decoder_head
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
 from bigflax.nn import head_width, normal
 
 SIZES = {
@@ -29,6 +30,8 @@ def build(
     layer_norm_epsilon: float = 1e-5,
     initializer_range: float = 0.02,
     tie_word_embeddings: bool = True,
+    head: str | None = "causal_lm",
+    num_labels: int = 2,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -40,6 +43,37 @@ def build(
     mlp = Mlp(n_inner or 4 * n_embd, activation_function, bias=True, dropout=resid_pdrop, init=init, out_init=out_init)
     return Transformer(
         embed=Embed(vocab_size, n_embd, positions=n_positions, dropout=embd_pdrop, dtype=dtype, init=init),
-        blocks=Block(attention, mlp, norm()), layers=n_layer, norm=norm(), head=LmHead(vocab_size, tie_word_embeddings, init=init),
-        remat=remat, unroll=unroll,
+        blocks=Block(attention, mlp, norm()), layers=n_layer, norm=norm(),
+        head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init), remat=remat, unroll=unroll,
     )  # fmt: skip
+
+
+_QKV = "blocks/attention/q{0} blocks/attention/k{0} blocks/attention/v{0}"
+PREFIX = "transformer."
+NAMES = {
+    "wte.weight": ("embed/tokens", "V D"),
+    "wpe.weight": ("embed/positions", "P D"),
+    "h.{l}.ln_1.weight": ("blocks/norm1/scale", "D"),
+    "h.{l}.ln_1.bias": ("blocks/norm1/bias", "D"),
+    "h.{l}.attn.c_attn.weight": (_QKV.format(""), "D (S N H) -> S D N H"),
+    "h.{l}.attn.c_attn.bias": (_QKV.format("_bias"), "(S N H) -> S N H"),
+    "h.{l}.attn.c_proj.weight": ("blocks/attention/out", "(N H) D -> N H D"),
+    "h.{l}.attn.c_proj.bias": ("blocks/attention/out_bias", "D"),
+    "h.{l}.ln_2.weight": ("blocks/norm2/scale", "D"),
+    "h.{l}.ln_2.bias": ("blocks/norm2/bias", "D"),
+    "h.{l}.mlp.c_fc.weight": ("blocks/mlp/up", "D F"),
+    "h.{l}.mlp.c_fc.bias": ("blocks/mlp/up_bias", "F"),
+    "h.{l}.mlp.c_proj.weight": ("blocks/mlp/down", "F D"),
+    "h.{l}.mlp.c_proj.bias": ("blocks/mlp/down_bias", "D"),
+    "ln_f.weight": ("norm/scale", "D"),
+    "ln_f.bias": ("norm/bias", "D"),
+}
+HEADS = {
+    None: ("GPT2Model", {}),
+    "causal_lm": ("GPT2LMHeadModel", {"lm_head.weight": ("head/w", "V D")}),
+    "sequence_classification": ("GPT2ForSequenceClassification", {"score.weight": ("head/scores/w", "C D -> D C")}),
+}
+BUFFERS = (r"h\.\d+\.attn\.(bias|masked_bias)",)
+# What the config may say without changing the function; and what it may say only with this value.
+IGNORED = ("attn_pdrop", "reorder_and_upcast_attn", "n_ctx", r"summary_.*")
+FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}

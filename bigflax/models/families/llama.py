@@ -6,7 +6,8 @@ for models made from nothing.
 
 from typing import Any
 
-from bigflax.models.transformer import Attention, Block, Embed, LmHead, Mlp, Norm, Transformer
+from bigflax.models.heads import decoder_head
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
 from bigflax.nn import Rope, head_width, normal
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192)
@@ -40,6 +41,8 @@ def build(
     attention_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    head: str | None = "causal_lm",
+    num_labels: int = 2,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -54,5 +57,32 @@ def build(
     mlp = Mlp(intermediate_size, hidden_act, gated=True, bias=mlp_bias, init=init, out_init=out_init)
     return Transformer(
         embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), blocks=Block(attention, mlp, norm()), layers=num_hidden_layers,
-        norm=norm(), head=LmHead(vocab_size, tie_word_embeddings, init=init), remat=remat, unroll=unroll,
+        norm=norm(), head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init),
+        remat=remat, unroll=unroll,
     )  # fmt: skip
+
+
+PREFIX = "model."
+NAMES = {
+    "embed_tokens.weight": ("embed/tokens", "V D"),
+    "layers.{l}.input_layernorm.weight": ("blocks/norm1/scale", "D"),
+    **{f"layers.{{l}}.self_attn.{x}_proj.weight": (f"blocks/attention/{x}", "(N H) D -> D N H") for x in "qkv"},
+    **{f"layers.{{l}}.self_attn.{x}_proj.bias": (f"blocks/attention/{x}_bias", "(N H) -> N H") for x in "qkv"},
+    "layers.{l}.self_attn.o_proj.weight": ("blocks/attention/out", "D (N H) -> N H D"),
+    "layers.{l}.self_attn.o_proj.bias": ("blocks/attention/out_bias", "D"),
+    "layers.{l}.post_attention_layernorm.weight": ("blocks/norm2/scale", "D"),
+    **{f"layers.{{l}}.mlp.{x}_proj.weight": (f"blocks/mlp/{x}", "F D -> D F") for x in ("gate", "up")},
+    **{f"layers.{{l}}.mlp.{x}_proj.bias": (f"blocks/mlp/{x}_bias", "F") for x in ("gate", "up")},
+    "layers.{l}.mlp.down_proj.weight": ("blocks/mlp/down", "D F -> F D"),
+    "layers.{l}.mlp.down_proj.bias": ("blocks/mlp/down_bias", "D"),
+    "norm.weight": ("norm/scale", "D"),
+}
+HEADS = {
+    None: ("LlamaModel", {}),
+    "causal_lm": ("LlamaForCausalLM", {"lm_head.weight": ("head/w", "V D")}),
+    "sequence_classification": ("LlamaForSequenceClassification", {"score.weight": ("head/scores/w", "C D -> D C")}),
+}
+BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+IGNORED = ("attention_dropout",)
+OURS = ("qk_norm",)
+FIXED = {"pretraining_tp": 1}

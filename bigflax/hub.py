@@ -1,0 +1,370 @@
+"""Hugging Face folders in and out: config.json, sharded safetensors, tokenizer files. PyTorch is not needed.
+
+    model, params = load("meta-llama/Llama-3.1-8B", mesh=mesh)       a folder, or a hub id (then through huggingface_hub and its cache)
+    save(model, params, "out")                                       transformers loads it unchanged
+
+Every leaf is made on the mesh shard by shard from the slices of the file that it consists of (models/names.py), one leaf after the other:
+no device and no host ever holds a second copy of more than one leaf. A config that says something we do not compute is refused, not guessed.
+
+Left out on purpose: pickled weights (`pytorch_model.bin` can run code; convert it once with transformers), and remote code.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigflax import models, trees
+from bigflax.models import names
+from bigflax.nn import Model
+from bigflax.sharding import TABLE, Table, make_mesh, shardings
+from bigflax.weights import dense, is_typed
+
+# What a config.json may say that changes nothing that we compute.
+HARMLESS = (
+    "architectures model_type transformers_version _name_or_path _commit_hash torch_dtype dtype use_cache auto_map task_specific_params "
+    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class "
+    "id2label label2id num_labels problem_type finetuning_task output_attentions output_hidden_states return_dict return_dict_in_generate "
+    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length"
+).split()
+# What it may say only like this: anything else is another function.
+FIXED = {
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a family that are no fields of its config
+TOKENIZER_FILES = (
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
+)
+SHARD_BYTES = 5 * 2**30
+
+
+# -- in --------------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str, *, head: str | None = "", dtype: Any = None, mesh: jax.sharding.Mesh | None = None, table: Table = TABLE, **changes: Any
+) -> tuple[Model, Any]:
+    """`(model, params)` of a folder or hub id.
+
+    `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new.
+    `dtype` is that of weights and computation, by default the stored one. With a `mesh` the weights lie on it by `table`. `changes` are
+    further arguments of the family: `remat="full"`. Raises ValueError, which says what is wrong with which file, FileNotFoundError.
+    """
+    folder = fetch(source)
+    said = read_config(folder)
+    family, config = understand(said, folder)
+    home = models.family(family)
+    config["head"] = _head_of(said, home) if head == "" else head
+    files = open_tensors(folder)
+    stored = next(iter(files.values())).dtype if files else jnp.dtype("float32")
+    dtype = jnp.dtype(dtype or stored)
+    model = models.create(family, **{**config, "dtype": str(dtype), **changes})
+    model = dataclasses.replace(model, source=folder)
+    where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
+    return model, _read(model, files, dtype, where, folder, fresh=head != "")
+
+
+def fetch(source: str) -> str:
+    """The local folder of `source`: itself, or that of a hub id in huggingface_hub's cache. Raises FileNotFoundError, in one sentence."""
+    if os.path.isdir(source):
+        return source
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(f"there is no folder {source!r}, and a hub id is written owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"{source!r} is neither a folder here nor to be had from the hub ({first})") from None
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{folder!r} has no config.json; a folder as transformers writes it is needed")
+    with open(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path!r} is not JSON: {error}") from None
+
+
+def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any]]:
+    """(family, arguments of its `build`) of a config. Raises ValueError for a type, a field, or a value of one that we do not compute."""
+    kind = said.get("model_type")
+    if kind not in models.FAMILIES:
+        raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
+    home = models.family(kind)
+    said, fixed = _modern_rope(said), {**FIXED, **home.FIXED}
+    known = [name for name in inspect.signature(home.build).parameters if name not in OURS]
+    for field, value in said.items():
+        if field in fixed and value not in (fixed[field], None):
+            raise ValueError(f"{folder!r} says {field} = {value!r}, and {kind} is supported with {fixed[field]!r} only")
+        harmless = field in HARMLESS or any(re.fullmatch(pattern, field) for pattern in home.IGNORED)
+        if field not in known and field not in fixed and not harmless:
+            raise ValueError(
+                f"{folder!r} has the field {field!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
+            )
+    config = {field: value for field, value in said.items() if field in known}
+    if "id2label" in said or "num_labels" in said:
+        config["num_labels"] = len(said.get("id2label") or ()) or said["num_labels"]
+    return kind, config
+
+
+def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`: here as the latter."""
+    said = dict(said)
+    rope = said.pop("rope_parameters", None)
+    if rope is not None:
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        said["rope_theta"] = rope["rope_theta"]
+        said["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return said
+
+
+def _head_of(said: Mapping[str, Any], home: Any) -> str | None:
+    """The head of the architecture that the config names; the family's own default where it names none."""
+    heads = {architecture: head for head, (architecture, _) in reversed(home.HEADS.items())}
+    wrote = (said.get("architectures") or [None])[0]
+    if wrote is None:
+        return inspect.signature(home.build).parameters["head"].default
+    if wrote not in heads:
+        raise ValueError(
+            f"architecture {wrote!r} is not known; {trees.did_you_mean(wrote, heads, 'there are')}; or name one: load(..., head=)"
+        )
+    return heads[wrote]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of an open file: what slicing it reads is all that is read."""
+
+    name: str
+    part: Any
+    file: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.part.get_shape())
+
+    @property
+    def dtype(self) -> Any:
+        kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        if self.part.get_dtype() not in kinds:
+            raise ValueError(
+                f"{self.name} in {self.file!r} is stored as {self.part.get_dtype()}, which is not supported; {', '.join(kinds)} are"
+            )
+        return jnp.dtype(kinds[self.part.get_dtype()])
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.part[index]
+
+
+def open_tensors(folder: str) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors, by name, none of them read yet."""
+    from safetensors import SafetensorError, safe_open
+
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index) as file:
+            listed = json.load(file)["weight_map"]
+        files = sorted(set(listed.values()))
+    else:
+        listed, files = None, ["model.safetensors"]
+    found = {}
+    for name in files:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            pickled = any(entry.endswith((".bin", ".pt", ".msgpack", ".h5")) for entry in os.listdir(folder))
+            hint = "; its weights are in another format, which transformers can load and save again as safetensors" if pickled else ""
+            raise FileNotFoundError(f"{folder!r} has no {name}{hint}")
+        try:
+            opened = safe_open(path, "np")  # stays open as long as a slice of it does
+            found |= {key: Tensor(key, opened.get_slice(key), path) for key in opened.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path!r} is damaged or cut off: {error}") from None
+    if listed is not None and (absent := sorted(listed.keys() - found.keys())):
+        raise ValueError(f"{index!r} names {absent[0]!r}, which {listed[absent[0]]} does not hold")
+    return found
+
+
+def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
+    """The lines of the table that this model's leaves need, in the file's order; base names bear their prefix only where asked for."""
+    home = models.family(model.family)
+    prefix = home.PREFIX if prefixed else ""
+    strip = lambda name: prefix + name.removeprefix(home.PREFIX) if name.startswith(home.PREFIX) else name
+    table = {prefix + name: line for name, line in home.NAMES.items()}
+    table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
+    there = {name for name, _ in trees.named_leaves(model.shapes())}
+    wanted = [entry for entry in names.entries(table) if there.issuperset(entry.leaves)]
+    missing = there.difference(*(entry.leaves for entry in wanted))
+    if missing:
+        raise ValueError(
+            f"{model.family} has no published name for {', '.join(sorted(missing))}: it cannot be read or written as {model.family}"
+        )
+    return wanted
+
+
+def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, folder: str, *, fresh: bool) -> Any:
+    home = models.family(model.family)
+    files = {name.removeprefix(home.PREFIX): tensor for name, tensor in files.items()}
+    shapes = {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
+    owner, expected = {}, {}
+    for entry in lines(model):
+        owner |= dict.fromkeys(entry.leaves, entry)
+        expected |= {name: (entry, entry.shape(shapes)) for name, _ in entry.names(shapes)}
+    absent = {name for name in expected if name not in files}
+    new = {leaf for name in absent for leaf in expected[name][0].leaves}
+    if new and not (fresh and all(leaf.startswith("head/") for leaf in new)):
+        raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
+    tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"lm_head\.weight"]
+    heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
+    known = re.compile("|".join([*home.BUFFERS, *tied, *heads]) or r"(?!)")
+    if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
+        raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
+    for name, (_, shape) in expected.items():
+        if name in files and files[name].shape != shape:
+            raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
+
+    def leaf(name: str, sharding: Any) -> jax.Array:
+        if name in new:
+            made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(dtype)
+            return jax.jit(made, out_shardings=sharding)(jax.random.key(0))
+        read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, dtype)
+        return jax.make_array_from_callback(shapes[name], sharding, read, dtype=dtype)
+
+    return trees.map_named(leaf, where)
+
+
+def _list(items: Any) -> str:
+    items = sorted(items)
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+# -- out -------------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: Model, params: Any, folder: str, *, dtype: Any = None, merge: bool = False, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
+
+    `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
+    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded.
+    """
+    if not model.family:
+        raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
+    typed = [name for name, w in trees.named_leaves(params, is_typed) if is_typed(w)]
+    if typed and not merge:
+        raise ValueError(f"{_list(typed)} are typed weights, which transformers cannot read; merge=True writes the arrays they stand for")
+    written = _config(model, dtype)
+    home = models.family(model.family)
+    leaves, axes = dict(trees.named_leaves(params, is_typed)), dict(trees.named_leaves(model.shapes()))
+    if leaves.keys() != axes.keys():
+        raise ValueError(f"these are not the weights of this model: {_list(leaves.keys() ^ axes.keys())} is in one of the two only")
+    shapes = {name: leaf.shape for name, leaf in axes.items()}
+    base = home.HEADS[model.config["head"]][0] == home.HEADS[None][0]  # a model without a head is written without a prefix too
+    os.makedirs(folder, exist_ok=True)
+    size = lambda name, entry: int(np.prod(entry.shape(shapes))) * jnp.dtype(dtype or dense(leaves[entry.leaves[0]]).dtype).itemsize
+    plan, total = [[]], 0
+    for entry in lines(model, prefixed=not base):
+        for name, at in entry.names(shapes):
+            if plan[-1] and sum(size(n, e) for n, e, _ in plan[-1]) + size(name, entry) > shard_bytes:
+                plan.append([])
+            plan[-1].append((name, entry, at))
+            total += size(name, entry)
+    _write_shards(plan, leaves, folder, dtype, total)
+    _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
+    _copy_tokenizer(tokenizer or model.source, folder)
+
+
+def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
+    from safetensors.numpy import save_file
+
+    host = _OneLeaf(leaves, dtype)
+    files = [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))] if len(plan) > 1 else ["model.safetensors"]
+    for file, part in zip(files, plan, strict=True):
+        tensors = {name: entry.write(at, host) for name, entry, at in part}
+        if jax.process_index() == 0:
+            path = os.path.join(folder, file)
+            save_file(tensors, path + ".tmp", metadata={"format": "pt"})
+            os.replace(path + ".tmp", path)
+    if jax.process_index() == 0:
+        for old in os.listdir(folder):
+            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", old) and old not in files:
+                os.remove(os.path.join(folder, old))
+        index = os.path.join(folder, "model.safetensors.index.json")
+        if len(plan) > 1:
+            weight_map = {name: file for file, part in zip(files, plan, strict=True) for name, _, _ in part}
+            _replace(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+        elif os.path.exists(index):
+            os.remove(index)
+
+
+class _OneLeaf:
+    """`leaf(name) -> numpy array`, holding the few leaves of the last table line alone."""
+
+    def __init__(self, leaves: Mapping[str, Any], dtype: Any, most: int = 3):
+        self.leaves, self.dtype, self.most, self.held = leaves, dtype, most, {}
+
+    def __call__(self, name: str) -> np.ndarray:
+        if name not in self.held:
+            while len(self.held) >= self.most:
+                self.held.pop(next(iter(self.held)))
+            w = dense(self.leaves[name])
+            if not w.is_fully_addressable:
+                from jax.experimental import multihost_utils
+
+                w = multihost_utils.process_allgather(w, tiled=True)
+            a = np.asarray(w)
+            self.held[name] = a if self.dtype is None else a.astype(jnp.dtype(self.dtype))
+        return self.held[name]
+
+
+def _config(model: Model, dtype: Any) -> dict[str, Any]:
+    """The config.json: that which was loaded, or the family's fields, with the architecture of the head."""
+    home = models.family(model.family)
+    fields = {key: value for key, value in model.config.items() if key not in OURS}
+    for ours in getattr(home, "OURS", ()):
+        if fields.pop(ours, None):
+            raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")
+    said = read_config(model.source) if model.source else {}
+    if "rope_parameters" in said:  # as it was, if what was loaded still holds
+        fields = {k: v for k, v in fields.items() if not k.startswith("rope_")}
+    labels = model.config["num_labels"]
+    if labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
+        fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
+    stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
+    return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
+
+
+def _copy_tokenizer(tokenizer: Any, folder: str) -> None:
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save(folder)
+        return
+    if os.path.abspath(tokenizer) != os.path.abspath(folder):
+        for name in sorted(os.listdir(tokenizer)):
+            if re.fullmatch(TOKENIZER_FILES, name):
+                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(folder, name))
+
+
+def _replace(path: str, text: str) -> None:
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,124 @@
+"""Heads: what a model's last hidden states are turned into.
+
+A language-model head returns the factors of its logits, {"x_BTD", "w_VD", ...}, so that a loss need not hold them (ops.linear_cross_entropy);
+the others return the outputs themselves, under the names of the transformers library.
+
+    HEAD                      outputs
+    causal_lm, masked_lm      logits [B, T, V]
+    sequence_classification   logits [B, C]
+    token_classification      logits [B, T, C]
+    question_answering        start_logits, end_logits [B, T]
+    embedding                 sentence_embedding [B, D]: the mean over real tokens, of length 1
+    None                      nothing, or an encoder's pooler_output [B, D]
+
+Left out on purpose: losses (tasks.py). Shapes: B batch, T time, D width, V vocabulary, C labels.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigflax.nn import ACTIVATIONS, NORMAL, Initializer, Linear, Norm, dropout, pick, weight, zeros
+
+
+class LmHead(nn.Module):
+    """Logits by the embedding table (`tied`) or by a table of its own."""
+
+    vocab: int
+    tied: bool = True
+    softcap: float | None = None
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD, embed_VD, real_BT=None):
+        w_VD = embed_VD if self.tied else weight(self, "w", (self.vocab, x_BTD.shape[-1]), "vocab <- embed", self.init)
+        return {"x_BTD": x_BTD, "w_VD": w_VD} | ({} if self.softcap is None else {"softcap": self.softcap})
+
+
+class MlmHead(nn.Module):
+    """BERT's: a layer, an activation, a norm, then logits by the embedding table and a bias."""
+
+    vocab: int
+    act: str
+    norm: Norm
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD, embed_VD, real_BT=None):
+        act = pick(ACTIVATIONS, self.act, "activation")
+        h_BTD = self.norm(act(Linear(x_BTD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BTD)))
+        return {"x_BTD": h_BTD, "w_VD": embed_VD, "bias": weight(self, "bias", (self.vocab,), "vocab", zeros)}
+
+
+class SequenceHead(nn.Module):
+    """One row of scores a sequence: from its first token, its last real one, or the mean of the real ones; `act` names that of a layer
+    between, None for no layer. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
+
+    labels: int
+    pool: str = "first"
+    act: str | None = None
+    bias: bool = True
+    dropout: float = 0.0
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD, embed_VD=None, real_BT=None):
+        x_BD = pick(POOLS, self.pool, "pooling")(x_BTD, jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT)
+        if self.act is not None:
+            x_BD = pick(ACTIVATIONS, self.act, "activation")(Linear(x_BD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BD))
+        if not self.labels:
+            return {"pooler_output": x_BD}
+        x_BD = dropout(self, x_BD, self.dropout)
+        return {"logits": Linear(self.labels, "embed -> _", bias=self.bias, init=self.init, name="scores")(x_BD)}
+
+
+class TokenHead(nn.Module):
+    """A row of scores a token; `outputs` names them where they are not `logits` but each an output of its own."""
+
+    labels: int
+    outputs: tuple[str, ...] = ()
+    dropout: float = 0.0
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD, embed_VD=None, real_BT=None):
+        scores_BTC = Linear(self.labels, "embed -> _", init=self.init, name="scores")(dropout(self, x_BTD, self.dropout))
+        return {name: scores_BTC[..., i] for i, name in enumerate(self.outputs)} if self.outputs else {"logits": scores_BTC}
+
+
+class EmbeddingHead(nn.Module):
+    """The mean of the real tokens' states, scaled to length 1: no weights (sentence-transformers; Reimers & Gurevych 2019, 1908.10084)."""
+
+    @nn.compact
+    def __call__(self, x_BTD, embed_VD=None, real_BT=None):
+        mean_BD = _mean(x_BTD, jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT).astype(jnp.float32)
+        return {"sentence_embedding": mean_BD / jnp.maximum(jnp.linalg.norm(mean_BD, axis=-1, keepdims=True), 1e-12)}
+
+
+Head = LmHead | MlmHead | SequenceHead | TokenHead | EmbeddingHead
+
+
+def _last(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+    """The last real token's, whichever side the padding is on."""
+    at_B = jnp.max(jnp.where(real_BT, jnp.arange(x_BTD.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)[:, 0]
+
+
+def _mean(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+    real_BT1 = real_BT[..., None].astype(x_BTD.dtype)
+    return jnp.sum(x_BTD * real_BT1, axis=1) / jnp.maximum(jnp.sum(real_BT1, axis=1), 1)
+
+
+POOLS = {"first": lambda x_BTD, real_BT: x_BTD[:, 0], "last": _last, "mean": _mean}
+
+
+def decoder_head(head: str | None, *, vocab: int, tied: bool, labels: int, init: Initializer, softcap: float | None = None) -> Head | None:
+    """The heads of a decoder by name. Raises ValueError that lists them."""
+    made: dict[Any, Any] = {
+        "causal_lm": LmHead(vocab, tied, softcap, init),
+        "sequence_classification": SequenceHead(labels, "last", bias=False, init=init),
+        None: None,
+    }
+    return pick(made, head, "head")

@@ -1,0 +1,127 @@
+"""Published weights' names: one table a family, read in both directions.
+
+    NAMES = {
+        "wte.weight": ("embed/tokens", "V D"),
+        "h.{l}.mlp.c_fc.weight": ("blocks/mlp/up", "D F"),
+        "h.{l}.attn.c_attn.weight": ("blocks/attention/q blocks/attention/k blocks/attention/v", "D (S N H) -> S D N H"),
+    }
+
+On the left a tensor of the published file; each `{field}` counts along one leading, stacked axis of our leaf. On the right our leaf and how
+its inner dimensions, a letter each, come out of the tensor's: permuted, or taken from a dimension that holds several, outermost first.
+Where a tensor holds several leaves of one shape, S numbers them; leaves of different shapes follow one another along its first dimension.
+So reading any slice of a leaf reads just the part of the tensors that holds it, and writing is the same table backwards.
+
+Left out on purpose: sums, scales and other arithmetic; the tables only move numbers, and what goes out is bit for bit what came in.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+Table = Mapping[str, tuple[str, str]]
+Shapes = Mapping[str, tuple[int, ...]]  # leaf name -> its shape, stacked axes included
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a table."""
+
+    template: str
+    leaves: tuple[str, ...]
+    pattern: str
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the stacked axes, outermost first."""
+        return tuple(re.findall(r"{(\w+)}", self.template))
+
+    @functools.cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The letters of each dimension of the tensor, outermost first."""
+        theirs = self.pattern.partition("->")[0]
+        return tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^)]*\)|\S+", theirs))
+
+    @functools.cached_property
+    def letters(self) -> tuple[str, ...]:
+        """The letters of our leaf's inner dimensions, S in front where there is one."""
+        ours = self.pattern.partition("->")[2].split()
+        return tuple(ours) or tuple(itertools.chain(*self.groups))
+
+    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        inner = [letter for letter in self.letters if letter != "S"]
+        if len(shape) != len(self.fields) + len(inner):
+            raise ValueError(f"{self.template}: {self.pattern!r} does not fit a leaf of shape {shape}")
+        return {**dict(zip(inner, shape[len(self.fields) :], strict=True)), "S": len(self.leaves)}
+
+    def _extent(self, group: tuple[str, ...], shape: tuple[int, ...]) -> int:
+        sizes = self._sizes(shape)
+        return math.prod(sizes[letter] for letter in group)
+
+    @property
+    def _stacked(self) -> bool:
+        return "S" in self.letters
+
+    def shape(self, shapes: Shapes) -> tuple[int, ...]:
+        """The tensor's shape."""
+        first, *rest = (self._extent(group, shapes[self.leaves[0]]) for group in self.groups)
+        if len(self.leaves) > 1 and not self._stacked:
+            first = sum(self._extent(self.groups[0], shapes[leaf]) for leaf in self.leaves)
+        return (first, *rest)
+
+    def names(self, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor of this line and its place along the stacked axes."""
+        stack = shapes[self.leaves[0]][: len(self.fields)]
+        for at in itertools.product(*map(range, stack)):
+            yield self.template.format(**dict(zip(self.fields, at, strict=True))), at
+
+    def read(self, leaf: str, index: tuple[slice, ...], shapes: Shapes, tensor: Callable[[str], Any], dtype: Any) -> np.ndarray:
+        """`leaf[index]` in `dtype`; `tensor(name)` is anything that gives an array when it is sliced."""
+        shape = shapes[leaf]
+        spans = [range(n)[s] for n, s in zip(shape, index, strict=True)]
+        out = np.empty([len(span) for span in spans], dtype)
+        k = len(self.fields)
+        for place in itertools.product(*(enumerate(span) for span in spans[:k])):
+            name = self.template.format(**{field: i for field, (_, i) in zip(self.fields, place, strict=True)})
+            out[tuple(at for at, _ in place)] = self._part(leaf, spans[k:], shapes, tensor(name))
+        return out
+
+    def _part(self, leaf: str, spans: list[range], shapes: Shapes, tensor: Any) -> np.ndarray:
+        sizes, number = self._sizes(shapes[leaf]), self.leaves.index(leaf)
+        inner = [letter for letter in self.letters if letter != "S"]
+        want = {letter: slice(span.start, span.stop) for letter, span in zip(inner, spans, strict=True)}
+        want["S"] = slice(number, number + 1)
+        begin = 0 if self._stacked else sum(self._extent(self.groups[0], shapes[other]) for other in self.leaves[:number])
+        cuts, loaded, remaining = [], [], []
+        for i, (outer, *others) in enumerate(self.groups):
+            step, offset = math.prod(sizes[letter] for letter in others), begin if i == 0 else 0
+            cuts.append(slice(offset + want[outer].start * step, offset + want[outer].stop * step))
+            loaded += [want[outer].stop - want[outer].start, *(sizes[letter] for letter in others)]
+            remaining += [slice(None), *(want[letter] for letter in others)]
+        a = np.asarray(tensor[tuple(cuts)]).reshape(loaded)[tuple(remaining)]
+        order = list(itertools.chain(*self.groups))
+        a = a.transpose([order.index(letter) for letter in self.letters])
+        return a[0] if self._stacked else a
+
+    def write(self, at: tuple[int, ...], leaf: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The tensor at one place along the stacked axes; `leaf(name)` is a whole leaf of ours."""
+        parts = [leaf(name)[at] for name in self.leaves]
+        order = list(itertools.chain(*self.groups))
+        if self._stacked:
+            parts = [np.stack(parts)]
+        tensors = []
+        for part in parts:
+            sizes = dict(zip(self.letters, part.shape, strict=True))
+            flat = [math.prod(sizes[letter] for letter in group) for group in self.groups]
+            tensors.append(part.transpose([self.letters.index(letter) for letter in order]).reshape(flat))
+        return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+
+
+def entries(table: Table, prefix: str = "") -> list[Entry]:
+    """The lines of a table, each published name behind `prefix`."""
+    return [Entry(prefix + template, tuple(leaves.split()), pattern) for template, (leaves, pattern) in table.items()]

@@ -1,0 +1,78 @@
+"""One tiny config a family, as transformers has it, and inputs for it: shared by the tests that compare with PyTorch and with stored outputs."""
+
+import zlib
+
+import numpy as np
+
+VOCAB, LENGTH, LONGEST = 40, 9, 16
+HEADS = ("causal_lm", "masked_lm", "sequence_classification", "token_classification", "question_answering", "embedding", None)
+# family -> fields of its config; 3 layers, so that no other number is taken for theirs
+FAMILIES = {
+    "bert": dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST),
+    "gpt2": dict(n_embd=24, n_layer=3, n_head=4, n_positions=LONGEST),
+    "llama": dict(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=44, max_position_embeddings=LONGEST,
+    ),
+}  # fmt: skip
+LABELS = 5
+
+
+def torch_model(family, head):
+    """A model of transformers in evaluation mode, every weight drawn by its name (a bias that is forgotten must be missed)."""
+    import torch
+    import transformers
+
+    from bigflax import models
+
+    labels = 2 if head == "question_answering" else LABELS  # start and end
+    config = transformers.CONFIG_MAPPING[family](
+        **FAMILIES[family], vocab_size=VOCAB, num_labels=labels, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
+    return model
+
+
+def drawn(name, shape):
+    """float32 numbers that are a function of a tensor's name: around one for the scales of norms, around zero for all else."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    is_scale = len(shape) == 1 and name.endswith("weight")
+    return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
+
+
+def inputs(family, kind="plain"):
+    """(inputs by name, which tokens are real [B, T])."""
+    rng = np.random.default_rng(zlib.crc32(f"{family} {kind}".encode()))
+    length = LONGEST if kind == "longest" else LENGTH
+    ids, real = rng.integers(3, VOCAB, (3, length)), np.ones((3, length), bool)
+    if kind.startswith("padded"):
+        for row, n in enumerate((length, 4, 6)):
+            real[row, (slice(n, None) if kind.endswith("right") else slice(0, length - n))] = False
+        ids = np.where(real, ids, 0)
+    given = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+    if kind == "padded left":
+        given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
+    if family == "bert":
+        given["token_type_ids"] = rng.integers(0, 2, ids.shape)
+    return given, real
+
+
+def labels_for(out):
+    """Random targets for the outputs that a loss is taken of."""
+    rng = np.random.default_rng(0)
+    trained = [name for name in ("logits", "start_logits", "end_logits") if name in out] or [
+        "last_hidden_state",
+        *({"pooler_output"} & {*out}),
+    ]
+    return {name: rng.normal(size=out[name].shape).astype(np.float32) for name in trained}
+
+
+def load_tensors(folder):
+    """Every tensor of a folder's safetensors."""
+    from pathlib import Path
+
+    from safetensors.numpy import load_file
+
+    return {name: w for file in sorted(Path(folder).glob("*.safetensors")) for name, w in load_file(file).items()}

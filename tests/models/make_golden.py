@@ -1,0 +1,33 @@
+"""Writes golden/FAMILY.npz with PyTorch: python tests/models/make_golden.py [FAMILY ...]
+
+Each holds a config, the tensors' names and shapes, and the outputs of the model whose weights families.drawn makes from those names."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from families import FAMILIES, inputs, torch_model
+
+HERE = Path(__file__).parent / "golden"
+
+
+def main(families):
+    import torch
+
+    HERE.mkdir(exist_ok=True)
+    for family in families:
+        head = "masked_lm" if family == "bert" else "causal_lm"
+        model = torch_model(family, head)
+        given, _ = inputs(family, "padded right")
+        with torch.no_grad():
+            logits = model(**{name: torch.from_numpy(x) for name, x in given.items()}).logits.numpy()
+        config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
+        tensors = {name: list(w.shape) for name, w in model.named_parameters()}
+        np.savez_compressed(HERE / f"{family}.npz", config=json.dumps(config), tensors=json.dumps(tensors), logits=logits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or FAMILIES)
