@@ -109,7 +109,8 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
     if kind not in models.FAMILIES:
         raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
     home = models.family(kind)
-    said, fixed = _modern_rope(said), {**FIXED, **home.FIXED}
+    renamed = getattr(home, "RENAMED", {})
+    said, fixed = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}, {**FIXED, **home.FIXED}
     known = [name for name in inspect.signature(home.build).parameters if name not in OURS]
     for field, value in said.items():
         if field in fixed and value not in (fixed[field], None):
@@ -130,8 +131,11 @@ def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
     said = dict(said)
     rope = said.pop("rope_parameters", None)
     if rope is not None:
+        if "full_attention" in rope:  # one for each kind of layer
+            said["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        said["rope_theta"] = rope["rope_theta"]
+        said |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         said["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return said
 
@@ -210,7 +214,7 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     table = {prefix + name: line for name, line in home.NAMES.items()}
     table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
     there = {name for name, _ in trees.named_leaves(model.shapes())}
-    wanted = [entry for entry in names.entries(table) if there.issuperset(entry.leaves)]
+    wanted = [entry for entry in names.entries(table, model.module.places()) if there.issuperset(entry.leaves)]
     missing = there.difference(*(entry.leaves for entry in wanted))
     if missing:
         raise ValueError(
@@ -231,7 +235,7 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     new = {leaf for name in absent for leaf in expected[name][0].leaves}
     if new and not (fresh and all(leaf.startswith("head/") for leaf in new)):
         raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
-    tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"lm_head\.weight"]
+    tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"(lm_head|embed_out)\.weight"]
     heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
     known = re.compile("|".join([*home.BUFFERS, *tied, *heads]) or r"(?!)")
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
@@ -344,7 +348,7 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
             raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")
     said = read_config(model.source) if model.source else {}
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
-        fields = {k: v for k, v in fields.items() if not k.startswith("rope_")}
+        fields = {k: v for k, v in fields.items() if not k.startswith("rope_") and k != "partial_rotary_factor"}
     labels = model.config["num_labels"]
     if labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
         fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}

@@ -33,6 +33,9 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # three names of one function
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
@@ -196,10 +199,12 @@ class Norm(nn.Module):
     kind: str = "rms"
     eps: float = 1e-6
     bias: bool = True
+    around_one: bool = False  # the stored scale is what is added to one (Gemma)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = weight(self, "scale", x.shape[-1:], "norm", ones)
+        scale = weight(self, "scale", x.shape[-1:], "norm", zeros if self.around_one else ones)
+        scale = scale + 1 if self.around_one else scale
         if self.kind == "rms":
             return ops.rms_norm(x, scale, eps=self.eps)
         return ops.layer_norm(x, scale, weight(self, "bias", x.shape[-1:], "norm", zeros) if self.bias else None, eps=self.eps)
@@ -229,7 +234,8 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     causal: bool = True
     rope: Rope | None = None
-    norm: Norm | None = None  # over the head width of q and k, before the rotation
+    norm: Norm | None = None  # of q and k before the rotation: over the width of each head,
+    norm_heads: bool = False  # or over all heads together
     bias: bool = False
     out_bias: bool | None = None
     window: int | None = None
@@ -248,7 +254,7 @@ class Attention(nn.Module):
             self._project(x_BTD, "v", K, "kv_heads"),
         )
         if self.norm is not None:
-            q_BTNH, k_BTKH = self.norm.clone(parent=self, name="q_norm")(q_BTNH), self.norm.clone(parent=self, name="k_norm")(k_BTKH)
+            q_BTNH, k_BTKH = self._normed("q_norm", q_BTNH), self._normed("k_norm", k_BTKH)
         if self.rope is not None:
             at = jnp.arange(x_BTD.shape[1])[None] if positions is None else positions
             q_BTNH, k_BTKH = self.rope(q_BTNH, at), self.rope(k_BTKH, at)
@@ -268,6 +274,11 @@ class Attention(nn.Module):
         if self.bias if self.out_bias is None else self.out_bias:
             y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
         return dropout(self, y_BTD, self.dropout), cache
+
+    def _normed(self, name, x_BTNH):
+        assert self.norm is not None
+        norm = self.norm.clone(parent=self, name=name)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape) if self.norm_heads else norm(x_BTNH)
 
     def _project(self, x_BTD, name, heads, axis):
         y_BTNH = ops.einsum(

@@ -105,11 +105,14 @@ class Run:
 
     @functools.cached_property
     def model(self) -> models.nn.Model:
+        return self._model()
+
+    def _model(self, **more: Any) -> models.nn.Model:
         c = self.config.model
         size, needed = c.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size
         if size < needed:
             raise ValueError(f"model.vocab_size {size} is smaller than the tokenizer's {needed}")
-        return models.create(**{**_options(c), "size": None, "vocab_size": size})
+        return models.create(**{**_options(c), "size": None, "vocab_size": size, **more})
 
     @functools.cached_property
     def tx(self):
@@ -159,7 +162,7 @@ class Run:
             return None
         with sharding.tracing_on(self.mesh):
             tokens = generate(
-                self.model,
+                self._model(unroll=1),  # it compiles twice, for the prompt and for a token
                 params,
                 jnp.asarray(ids),
                 **_options(c, "prompt"),

@@ -7,12 +7,34 @@ import numpy as np
 VOCAB, LENGTH, LONGEST = 40, 9, 16
 HEADS = ("causal_lm", "masked_lm", "sequence_classification", "token_classification", "question_answering", "embedding", None)
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
+COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
+DECODER = dict(**COMMON, num_key_value_heads=2)
+rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
+LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
-    "bert": dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST),
-    "gpt2": dict(n_embd=24, n_layer=3, n_head=4, n_positions=LONGEST),
-    "llama": dict(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=44, max_position_embeddings=LONGEST,
+    "bert": COMMON,
+    "gemma": dict(**DECODER, head_dim=8, **rope()),
+    "gemma2": dict(
+        DECODER, head_dim=8, num_hidden_layers=5, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
     ),
+    "gemma3_text": dict(
+        DECODER, head_dim=8, num_hidden_layers=8, sliding_window=4, query_pre_attn_scalar=10, layer_types=[*LOCAL, *LOCAL, *LOCAL[:2]],
+        rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=100.0),
+            full_attention=dict(rope_type="linear", factor=2.0, rope_theta=1000.0)),
+    ),
+    "gpt2": dict(n_embd=24, n_layer=3, n_head=4, n_positions=LONGEST),
+    "gpt_neox": dict(COMMON, hidden_size=32, **rope(partial_rotary_factor=0.5)),
+    "llama": dict(
+        DECODER, **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
+    ),
+    "mistral": dict(DECODER, sliding_window=4),
+    "olmo2": DECODER,
+    "opt": dict(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
+    ),
+    "phi3": dict(DECODER, hidden_size=32, sliding_window=5, **rope(partial_rotary_factor=0.5)),
+    "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": dict(DECODER, head_dim=8),
 }  # fmt: skip
 LABELS = 5
 

@@ -13,7 +13,10 @@ from bigflax.generate import choose, generate
 FAMILIES = {
     "gpt2": ("gpt2", dict(n_embd=32, n_positions=24)),
     "llama with grouped queries": ("llama", dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)),
-}
+    "gemma3 with windows and a rest": (
+        "gemma3_text", dict(num_hidden_layers=5, sliding_window=3, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]),
+    ),
+}  # fmt: skip
 each_family = pytest.mark.parametrize("name", FAMILIES)
 VOCAB, T, NEW = 40, 5, 8
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from bigflax import nn, trees
 
-FAMILIES = ("bert", "gpt2", "llama")
+FAMILIES = (
+    "bert", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3",
+)  # fmt: skip
 
 
 def family(name: str) -> Any:

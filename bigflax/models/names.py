@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Entry:
     template: str
     leaves: tuple[str, ...]
     pattern: str
+    first: int = 0  # what the outermost field counts from, and by
+    step: int = 1
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -78,7 +80,7 @@ class Entry:
         """Each tensor of this line and its place along the stacked axes."""
         stack = shapes[self.leaves[0]][: len(self.fields)]
         for at in itertools.product(*map(range, stack)):
-            yield self.template.format(**dict(zip(self.fields, at, strict=True))), at
+            yield self._name(at), at
 
     def read(self, leaf: str, index: tuple[slice, ...], shapes: Shapes, tensor: Callable[[str], Any], dtype: Any) -> np.ndarray:
         """`leaf[index]` in `dtype`; `tensor(name)` is anything that gives an array when it is sliced."""
@@ -87,9 +89,13 @@ class Entry:
         out = np.empty([len(span) for span in spans], dtype)
         k = len(self.fields)
         for place in itertools.product(*(enumerate(span) for span in spans[:k])):
-            name = self.template.format(**{field: i for field, (_, i) in zip(self.fields, place, strict=True)})
-            out[tuple(at for at, _ in place)] = self._part(leaf, spans[k:], shapes, tensor(name))
+            tensor_ = tensor(self._name(tuple(i for _, i in place)))
+            out[tuple(at for at, _ in place)] = self._part(leaf, spans[k:], shapes, tensor_)
         return out
+
+    def _name(self, at: tuple[int, ...]) -> str:
+        counted = (self.first + self.step * at[0], *at[1:]) if at else at
+        return self.template.format(**dict(zip(self.fields, counted, strict=True)))
 
     def _part(self, leaf: str, spans: list[range], shapes: Shapes, tensor: Any) -> np.ndarray:
         sizes, number = self._sizes(shapes[leaf]), self.leaves.index(leaf)
@@ -122,6 +128,16 @@ class Entry:
         return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
 
 
-def entries(table: Table, prefix: str = "") -> list[Entry]:
-    """The lines of a table, each published name behind `prefix`."""
-    return [Entry(prefix + template, tuple(leaves.split()), pattern) for template, (leaves, pattern) in table.items()]
+Place = tuple[str, int, int, int]  # of a group of layers: the name of its leaves, its first layer, its period, how often it repeats
+
+
+def entries(table: Table, places: Sequence[Place] = (("blocks", 0, 1, 1),)) -> list[Entry]:
+    """The lines of a table. A line of the layers, whose leaves it writes below "blocks/", becomes one for each kind of layer there is."""
+    out = []
+    for template, (leaves, pattern) in table.items():
+        for name, first, period, _ in places if leaves.startswith("blocks/") else [("", 0, 1, 1)]:
+            for kind in range(period):
+                where = f"{name}/" if period == 1 else f"{name}/{kind}/"
+                mine = tuple(re.sub("^blocks/", where, leaf) for leaf in leaves.split())
+                out.append(Entry(template, mine, pattern, first + kind, period))
+    return out

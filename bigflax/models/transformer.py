@@ -8,9 +8,12 @@ The heads are in heads.py. Inputs and outputs bear the names of the transformers
 `cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
 `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
-Left out on purpose: what no family here needs yet (parallel and sandwich order, mixture of experts, cross-attention).
+Left out on purpose: what no family here needs yet (mixture of experts, cross-attention).
 """
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +34,8 @@ class Embed(nn.Module):
     vocab: int
     features: int
     positions: int = 0
+    first_position: int = 0  # rows of the table before that of position 0
+    scale: float | None = None
     types: int = 0
     norm: Norm | None = None
     dropout: float = 0.0
@@ -44,12 +49,18 @@ class Embed(nn.Module):
         w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init)
         # Rows are looked up in a table that is whole in its width: XLA cannot shard the lookup's output by batch and by width at once.
         x_BTD = ops.take(whole_rows(w_VD, "vocab"), input_ids, self.dtype)
+        if self.scale is not None:
+            x_BTD *= jnp.asarray(self.scale, x_BTD.dtype)
         if self.positions:
             if position_ids is None and input_ids.shape[1] > self.positions:
                 raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.positions} learned positions; cut the sequences")
             at = jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
             x_BTD += ops.take(
-                whole_rows(weight(self, "positions", (self.positions, self.features), "positions <- embed", self.init)), at, self.dtype
+                whole_rows(
+                    weight(self, "positions", (self.positions + self.first_position, self.features), "positions <- embed", self.init)
+                ),
+                at + self.first_position,
+                self.dtype,
             )
         if self.types:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -67,7 +78,14 @@ def whole_rows(w_VD: Any, rows: str | None = None) -> Any:
 
 
 class Block(nn.Module):
-    """One layer. "pre": x += f(norm(x)); "post": x = norm(x + f(x)), for f the attention and then the mlp."""
+    """One layer; f is the attention and then the mlp.
+
+    pre        x += f(norm(x))                              GPT-2, Llama
+    post       x = norm(x + f(x))                           the first transformer, BERT
+    output     x += norm(f(x))                              OLMo 2
+    sandwich   x += norm'(f(norm(x)))                       Gemma 2 and 3
+    parallel   x += attention(norm(x)) + mlp(norm'(x))      GPT-NeoX
+    """
 
     attention: Attention
     mlp: Mlp
@@ -76,25 +94,81 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, keep=False, **where):
-        norm1, norm2 = self.norm.clone(parent=self, name="norm1"), self.norm.clone(parent=self, name="norm2")
+        norm = lambda name: self.norm.clone(parent=self, name=name)
+        attend = lambda x_BTD: self.attention(x_BTD, cache, **where)
         if self.order == "pre":
-            y_BTD, cache = self.attention(norm1(x_BTD), cache, **where)
+            y_BTD, cache = attend(norm("norm1")(x_BTD))
             x_BTD = x_BTD + y_BTD
-            x_BTD = x_BTD + self.mlp(norm2(x_BTD))
+            x_BTD = x_BTD + self.mlp(norm("norm2")(x_BTD))
+        elif self.order == "post":
+            y_BTD, cache = attend(x_BTD)
+            x_BTD = norm("norm1")(x_BTD + y_BTD)
+            x_BTD = norm("norm2")(x_BTD + self.mlp(x_BTD))
+        elif self.order == "output":
+            y_BTD, cache = attend(x_BTD)
+            x_BTD = x_BTD + norm("norm1")(y_BTD)
+            x_BTD = x_BTD + norm("norm2")(self.mlp(x_BTD))
+        elif self.order == "sandwich":
+            y_BTD, cache = attend(norm("norm1")(x_BTD))
+            x_BTD = x_BTD + norm("norm1_out")(y_BTD)
+            x_BTD = x_BTD + norm("norm2_out")(self.mlp(norm("norm2")(x_BTD)))
+        elif self.order == "parallel":
+            y_BTD, cache = attend(norm("norm1")(x_BTD))
+            x_BTD = x_BTD + y_BTD + self.mlp(norm("norm2")(x_BTD))
         else:
-            y_BTD, cache = self.attention(x_BTD, cache, **where)
-            x_BTD = norm1(x_BTD + y_BTD)
-            x_BTD = norm2(x_BTD + self.mlp(x_BTD))
+            raise ValueError(f"unknown order of norms {self.order!r}; there are pre, post, output, sandwich and parallel")
         x_BTD = constrain(x_BTD, "batch", "seq", None)
         return x_BTD, (x_BTD if keep else None, cache)
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """`repeats` times the kinds of layer `blocks`, one after the other: (local, local, global) x 7.
+
+    No tuple: Linen would find the modules in it and name them before the Transformer does.
+    """
+
+    blocks: tuple[Block, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks) * self.repeats
+
+
+class Period(nn.Module):
+    """Layers of several kinds in turn, as one step of a scan."""
+
+    kinds: Group
+
+    @nn.compact
+    def __call__(self, x_BTD, cache=None, *, keep=False, **where):
+        seen = []
+        for i, block in enumerate(self.kinds.blocks):
+            mine = None if cache is None else jax.tree.map(lambda part, i=i: part[i], cache)
+            x_BTD, out = block.clone(parent=self, name=str(i))(x_BTD, mine, keep=keep, **where)
+            seen.append(out)
+        return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
+
+
+def alternating(kinds: Sequence[Any], make: Callable[[Any], Block]) -> tuple[Group, ...]:
+    """The groups of layers whose kinds are listed one by one, by their shortest period, what is left of one in a group of its own."""
+    kinds = list(kinds)
+    period = next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[i % p] for i, kind in enumerate(kinds)))
+    repeats, rest = divmod(len(kinds), period)
+    blocks = tuple(map(make, kinds[:period]))
+    return (Group(blocks, repeats), *([Group(blocks[:rest], 1)] if rest else []))
+
+
 class Transformer(nn.Module):
-    """An encoder or a decoder, which differ only in what it is composed of."""
+    """An encoder or a decoder, which differ only in what it is composed of.
+
+    The leaves of a single kind of layer are below "blocks", with the number of layers as their first axis; those of several kinds below
+    "blocks/0", "blocks/1" ...; those of several groups below "blocks_0", "blocks_1" ...
+    """
 
     embed: Embed
-    blocks: Block
-    layers: int
+    groups: tuple[Group, ...]
     norm: Norm | None = None
     head: Head | None = None
     remat: str = "none"
@@ -109,15 +183,13 @@ class Transformer(nn.Module):
             position_ids = cache["index"][0] + jnp.arange(input_ids.shape[1])[None]
         x0_BTD, embed_VD = self.embed(input_ids, position_ids, token_type_ids)
         where = {"positions": position_ids, **visibility(input_ids, attention_mask, segment_ids, cached=cache is not None)}
-        x_BTD, (seen, cache) = stack(
-            self.blocks, self.layers, x0_BTD, cache, remat=self.remat, unroll=self.unroll, keep=hidden_states, **where
-        )
+        x_BTD, (seen, cache) = self._run(x0_BTD, cache, keep=hidden_states, **where)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out: dict[str, Any] = {"last_hidden_state": x_BTD}
         if hidden_states:
             # The last of the tuple is after the final norm, as in transformers.
-            out["hidden_states"] = (x0_BTD, *(seen[i] for i in range(self.layers - 1)), x_BTD)
+            out["hidden_states"] = (x0_BTD, *(seen[i] for i in range(len(seen) - 1)), x_BTD)
         if cache is not None:
             out["cache"] = cache
         if self.head is not None:
@@ -125,6 +197,25 @@ class Transformer(nn.Module):
             found: dict[str, Any] = self.head(x_BTD, embed_VD, None if real_BT is None else real_BT > 0)
             out |= found if "w_VD" not in found else {"logits": unembed(**found)} if logits else {"head": found}
         return out
+
+    def _run(self, x_BTD, cache, **options):
+        """All groups in turn; what they return beside x, and the cache, have one leading axis of layers."""
+        seen, unroll = [], 1 if self.is_initializing() else self.unroll  # fresh weights are drawn once: compiling costs more than copying
+        for (name, first, period, repeats), group in zip(self.places(), self.groups, strict=True):
+            block = group.blocks[0] if period == 1 else Period(group)
+            fold = lambda part, at=first, p=period, r=repeats: part[at : at + p * r].reshape(
+                (r, p, *part.shape[1:]) if p > 1 else (r, *part.shape[1:])
+            )
+            mine = cache if cache is None or len(self.groups) == period == 1 else jax.tree.map(fold, cache)
+            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, remat=self.remat, unroll=unroll, **options)
+            seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
+        return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+
+    def places(self) -> list[tuple[str, int, int, int]]:
+        """Of each group: the name of its leaves, its first layer, its period, how often it repeats."""
+        starts = itertools.accumulate((group.layers for group in self.groups), initial=0)
+        names = ["blocks"] if len(self.groups) == 1 else [f"blocks_{i}" for i in range(len(self.groups))]
+        return [(name, start, len(group.blocks), group.repeats) for name, start, group in zip(names, starts, self.groups, strict=False)]
 
 
 def visibility(input_ids, attention_mask, segment_ids, *, cached: bool) -> dict[str, Any]:
@@ -149,8 +240,8 @@ def unembed(x_BTD: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap:
 
 def empty_cache(module: Transformer, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """A key-value cache for `length` tokens in all, with the leading layer axis that `stack` slices."""
-    attention = module.blocks.attention
-    kv = (module.layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim)
+    attention = module.groups[0].blocks[0].attention
+    kv = (sum(group.layers for group in module.groups), batch, length, attention.kv_heads or attention.heads, attention.head_dim)
     return {
         "k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype),
         "segments": jnp.zeros(kv[:3], jnp.int32), "index": jnp.zeros(kv[:1], jnp.int32),

@@ -4,7 +4,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "bert"), with 
 """
 
 from bigflax.models.heads import EmbeddingHead, MlmHead, SequenceHead, TokenHead
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
+from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import head_width, normal, pick
 
 SIZES = {
@@ -56,7 +56,7 @@ def build(
     }
     return Transformer(
         embed=Embed(vocab_size, hidden_size, positions=max_position_embeddings, types=type_vocab_size, norm=norm(), dropout=drop, dtype=dtype, init=init),
-        blocks=Block(attention, mlp, norm(), order="post"), layers=num_hidden_layers, head=pick(heads, head, "head"), remat=remat, unroll=unroll,
+        groups=(Group((Block(attention, mlp, norm(), order="post"),), num_hidden_layers),), head=pick(heads, head, "head"), remat=remat, unroll=unroll,
     )  # fmt: skip
 
 

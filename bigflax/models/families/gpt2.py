@@ -4,7 +4,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "gpt2"), with 
 """
 
 from bigflax.models.heads import decoder_head
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
+from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import head_width, normal
 
 SIZES = {
@@ -43,7 +43,7 @@ def build(
     mlp = Mlp(n_inner or 4 * n_embd, activation_function, bias=True, dropout=resid_pdrop, init=init, out_init=out_init)
     return Transformer(
         embed=Embed(vocab_size, n_embd, positions=n_positions, dropout=embd_pdrop, dtype=dtype, init=init),
-        blocks=Block(attention, mlp, norm()), layers=n_layer, norm=norm(),
+        groups=(Group((Block(attention, mlp, norm()),), n_layer),), norm=norm(),
         head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init), remat=remat, unroll=unroll,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ for models made from nothing.
 from typing import Any
 
 from bigflax.models.heads import decoder_head
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer
+from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import Rope, head_width, normal
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192)
@@ -56,7 +56,7 @@ def build(
     )  # fmt: skip
     mlp = Mlp(intermediate_size, hidden_act, gated=True, bias=mlp_bias, init=init, out_init=out_init)
     return Transformer(
-        embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), blocks=Block(attention, mlp, norm()), layers=num_hidden_layers,
+        embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), groups=(Group((Block(attention, mlp, norm()),), num_hidden_layers),),
         norm=norm(), head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init),
         remat=remat, unroll=unroll,
     )  # fmt: skip
@@ -77,11 +77,18 @@ NAMES = {
     "layers.{l}.mlp.down_proj.bias": ("blocks/mlp/down_bias", "D"),
     "norm.weight": ("norm/scale", "D"),
 }
-HEADS = {
-    None: ("LlamaModel", {}),
-    "causal_lm": ("LlamaForCausalLM", {"lm_head.weight": ("head/w", "V D")}),
-    "sequence_classification": ("LlamaForSequenceClassification", {"score.weight": ("head/scores/w", "C D -> D C")}),
-}
+
+
+def heads(name: str) -> dict:
+    """The heads of a decoder whose classes in transformers begin with `name`."""
+    return {
+        None: (f"{name}Model", {}),
+        "causal_lm": (f"{name}ForCausalLM", {"lm_head.weight": ("head/w", "V D")}),
+        "sequence_classification": (f"{name}ForSequenceClassification", {"score.weight": ("head/scores/w", "C D -> D C")}),
+    }
+
+
+HEADS = heads("Llama")
 BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 IGNORED = ("attention_dropout",)
 OURS = ("qk_norm",)

@@ -1,0 +1,70 @@
+"""Qwen 2 and 2.5: Llama with biases on queries, keys and values. Yang et al. 2024 (arXiv 2407.10671).
+
+Arguments are the fields of the Hugging Face config (`model_type` "qwen2"), with its defaults.
+"""
+
+from typing import Any
+
+from bigflax.models.families.llama import heads
+from bigflax.models.heads import decoder_head
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
+from bigflax.nn import Rope, head_width, normal
+
+SIZES = {
+    "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    "0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        tie_word_embeddings=True, rope_theta=1e6),
+    "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=True, rope_theta=1e6),
+    "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, rope_theta=1e6),
+}  # fmt: skip
+
+
+def build(
+    *,
+    vocab_size: int = 151936,
+    hidden_size: int = 4096,
+    intermediate_size: int = 22016,
+    num_hidden_layers: int = 32,
+    num_attention_heads: int = 32,
+    num_key_value_heads: int | None = 32,
+    hidden_act: str = "silu",
+    max_position_embeddings: int = 32768,
+    initializer_range: float = 0.02,
+    rms_norm_eps: float = 1e-6,
+    tie_word_embeddings: bool = False,
+    rope_theta: float = 10000.0,
+    rope_scaling: Any = None,
+    use_sliding_window: bool = False,
+    sliding_window: int | None = None,
+    max_window_layers: int = 28,
+    layer_types: Any = None,
+    head: str | None = "causal_lm",
+    num_labels: int = 2,
+    dtype: str = "float32",
+    remat: str = "none",
+    unroll: int | bool = 1,
+) -> Transformer:
+    init, norm = normal(initializer_range), lambda: Norm("rms", rms_norm_eps)
+    window = sliding_window if use_sliding_window else None
+    local = lambda i: "sliding_attention" if window is not None and i >= max_window_layers else "full_attention"
+    mlp = lambda: Mlp(intermediate_size, hidden_act, gated=True, init=init, out_init=init)
+
+    def block(kind: str) -> Block:
+        attention = Attention(
+            num_attention_heads, head_width(hidden_size, num_attention_heads), num_key_value_heads, bias=True, out_bias=False,
+            rope=Rope(rope_theta, scaling=rope_scaling), window=window if kind == "sliding_attention" else None, init=init, out_init=init,
+        )  # fmt: skip
+        return Block(attention, mlp(), norm())
+
+    groups = alternating(layer_types or [local(i) for i in range(num_hidden_layers)], block)
+    return Transformer(
+        embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), groups=groups, norm=norm(),
+        head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init), remat=remat, unroll=unroll,
+    )  # fmt: skip
+
+
+HEADS = heads("Qwen2")
+IGNORED = ("attention_dropout",)
+FIXED: dict = {}
