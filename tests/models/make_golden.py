@@ -4,12 +4,13 @@ Each holds a config, the tensors' names and shapes, and the outputs of the model
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from families import FAMILIES, inputs, torch_model
+from families import FAMILIES, inputs, load_tensors, torch_model
 
 HERE = Path(__file__).parent / "golden"
 
@@ -25,7 +26,9 @@ def main(families):
         with torch.no_grad():
             logits = model(**{name: torch.from_numpy(x) for name, x in given.items()}).logits.numpy()
         config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
-        tensors = {name: list(w.shape) for name, w in model.named_parameters()}
+        with tempfile.TemporaryDirectory() as folder:  # as they are named in the file, which is not always as in the module
+            model.save_pretrained(folder)
+            tensors = {name: list(w.shape) for name, w in load_tensors(folder).items()}
         np.savez_compressed(HERE / f"{family}.npz", config=json.dumps(config), tensors=json.dumps(tensors), logits=logits)
 
 

@@ -5,7 +5,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "gemma"), with
 
 from typing import Any
 
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import Rope, normal
@@ -51,6 +51,8 @@ def build(
     )  # fmt: skip
 
 
-HEADS = heads("Gemma")
+NAMES = llama.NAMES
+HEADS = llama.heads("Gemma")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout", "hidden_activation")  # the first releases' hidden_activation is null
 FIXED = {"use_bidirectional_attention": False}

@@ -6,8 +6,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "gemma2"), wit
 import re
 from typing import Any
 
-from bigflax.models.families.llama import NAMES as LLAMA
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
 from bigflax.nn import Rope, normal
@@ -72,10 +71,11 @@ def build(
 
 _NORMS = {"post_attention_layernorm": "pre_feedforward_layernorm"}  # Llama's norm before the mlp -> Gemma's
 NAMES = {
-    **{re.sub("|".join(_NORMS), lambda m: _NORMS[m.group()], name): line for name, line in LLAMA.items()},
+    **{re.sub("|".join(_NORMS), lambda m: _NORMS[m.group()], name): line for name, line in llama.NAMES.items()},
     "layers.{l}.post_attention_layernorm.weight": ("blocks/norm1_out/scale", "D"),
     "layers.{l}.post_feedforward_layernorm.weight": ("blocks/norm2_out/scale", "D"),
 }
-HEADS = heads("Gemma2")
+HEADS = llama.heads("Gemma2")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout", "cache_implementation", "hidden_act")
 FIXED = {"use_bidirectional_attention": False}

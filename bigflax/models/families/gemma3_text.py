@@ -6,8 +6,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "gemma3_text")
 import re
 from typing import Any
 
-from bigflax.models.families.llama import NAMES as LLAMA
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
 from bigflax.nn import Rope, normal
@@ -70,12 +69,13 @@ def build(
 
 _NORMS = {"post_attention_layernorm": "pre_feedforward_layernorm"}  # Llama's norm before the mlp -> Gemma's
 NAMES = {
-    **{re.sub("|".join(_NORMS), lambda m: _NORMS[m.group()], name): line for name, line in LLAMA.items()},
+    **{re.sub("|".join(_NORMS), lambda m: _NORMS[m.group()], name): line for name, line in llama.NAMES.items()},
     "layers.{l}.post_attention_layernorm.weight": ("blocks/norm1_out/scale", "D"),
     "layers.{l}.post_feedforward_layernorm.weight": ("blocks/norm2_out/scale", "D"),
     **{f"layers.{{l}}.self_attn.{x}_norm.weight": (f"blocks/attention/{x}_norm/scale", "H") for x in "qk"},
 }
-HEADS = heads("Gemma3") | {None: ("Gemma3TextModel", {})}
+HEADS = llama.heads("Gemma3") | {None: ("Gemma3TextModel", {})}
 HEADS["sequence_classification"] = ("Gemma3TextForSequenceClassification", HEADS["sequence_classification"][1])
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout", "cache_implementation", "_?sliding_window_pattern")
 FIXED = {"use_bidirectional_attention": False}

@@ -5,7 +5,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "mistral"), wi
 
 from typing import Any
 
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import Rope, head_width, normal
@@ -52,6 +52,8 @@ def build(
     )  # fmt: skip
 
 
-HEADS = heads("Mistral")
+NAMES = llama.NAMES
+HEADS = llama.heads("Mistral")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout",)
 FIXED: dict = {}

@@ -6,8 +6,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "olmo2"), with
 import re
 from typing import Any
 
-from bigflax.models.families.llama import NAMES as LLAMA
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import Rope, head_width, normal
@@ -57,9 +56,10 @@ def build(
 
 _BEHIND = {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "post_feedforward_layernorm"}  # Llama's -> OLMo 2's
 NAMES = {
-    **{re.sub("|".join(_BEHIND), lambda m: _BEHIND[m.group()], name): line for name, line in LLAMA.items()},
+    **{re.sub("|".join(_BEHIND), lambda m: _BEHIND[m.group()], name): line for name, line in llama.NAMES.items()},
     **{f"layers.{{l}}.self_attn.{x}_norm.weight": (f"blocks/attention/{x}_norm/scale", "D") for x in "qk"},
 }
-HEADS = heads("Olmo2")
+HEADS = llama.heads("Olmo2")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout",)
 FIXED: dict = {}

@@ -5,8 +5,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "phi3"), with 
 
 from typing import Any
 
-from bigflax.models.families.llama import NAMES as LLAMA
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
 from bigflax.nn import Rope, head_width, normal
@@ -56,10 +55,11 @@ def build(
 
 _JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 NAMES = {
-    **{name: line for name, line in LLAMA.items() if not any(part in name for part in _JOINED)},
+    **{name: line for name, line in llama.NAMES.items() if not any(part in name for part in _JOINED)},
     "layers.{l}.self_attn.qkv_proj.weight": ("blocks/attention/q blocks/attention/k blocks/attention/v", "(N H) D -> D N H"),
     "layers.{l}.mlp.gate_up_proj.weight": ("blocks/mlp/gate blocks/mlp/up", "(S F) D -> S D F"),
 }
-HEADS = heads("Phi3")
+HEADS = llama.heads("Phi3")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout", "embd_pdrop", "original_max_position_embeddings")
 FIXED: dict = {}

@@ -5,7 +5,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "qwen2"), with
 
 from typing import Any
 
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
 from bigflax.nn import Rope, head_width, normal
@@ -65,6 +65,8 @@ def build(
     )  # fmt: skip
 
 
-HEADS = heads("Qwen2")
+NAMES = llama.NAMES
+HEADS = llama.heads("Qwen2")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout",)
 FIXED: dict = {}

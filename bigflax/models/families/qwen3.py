@@ -5,8 +5,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "qwen3"), with
 
 from typing import Any
 
-from bigflax.models.families.llama import NAMES as LLAMA
-from bigflax.models.families.llama import heads
+from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
 from bigflax.nn import Rope, normal
@@ -67,7 +66,8 @@ def build(
     )  # fmt: skip
 
 
-NAMES = {**LLAMA, **{f"layers.{{l}}.self_attn.{x}_norm.weight": (f"blocks/attention/{x}_norm/scale", "H") for x in "qk"}}
-HEADS = heads("Qwen3")
+NAMES = {**llama.NAMES, **{f"layers.{{l}}.self_attn.{x}_norm.weight": (f"blocks/attention/{x}_norm/scale", "H") for x in "qk"}}
+HEADS = llama.heads("Qwen3")
+PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
 IGNORED = ("attention_dropout",)
 FIXED: dict = {}
