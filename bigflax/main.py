@@ -3,6 +3,8 @@
     bigflax train [--config=quickstart] [--config.key=value ...]      train, or continue what the work folder holds
     bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
+    bigflax convert SOURCE FOLDER [--dtype=bfloat16]                  a Hugging Face folder or hub id, written anew
+    bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
 What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved.
 """
@@ -43,6 +45,15 @@ def parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", parents=[devices], help="continue a prompt with a trained model")
     generate.add_argument("--work", required=True, metavar="DIR", help="the work folder of a run")
     generate.add_argument("--prompt", required=True)
+    convert = verbs.add_parser("convert", parents=[devices], help="read a Hugging Face folder or hub id and write it anew")
+    convert.add_argument("source", help="a folder, or a hub id: owner/name")
+    convert.add_argument("target", help="the folder to write")
+    convert.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the weights; by default as stored")
+    parity = verbs.add_parser("parity", parents=[devices], help="compare a folder's model with transformers and PyTorch")
+    parity.add_argument("source", help="a folder, or a hub id: owner/name")
+    parity.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference that passes; beyond it the exit code is 1"
+    )
     return top
 
 
@@ -111,7 +122,28 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Any] = {"train": train, "config": config, "generate": generate}
+def convert(args: argparse.Namespace, overrides: list[str]) -> int:
+    prepare(args)
+    from bigflax import hub, trees
+
+    model, params = hub.load(args.source, dtype=args.dtype)
+    hub.save(model, params, args.target)
+    print(
+        f"{model.family}: {trees.human(trees.count(params))} parameters ({trees.human(trees.nbytes(params), 'B', 1024)}) are in {args.target}"
+    )
+    return 0
+
+
+def parity(args: argparse.Namespace, overrides: list[str]) -> int:
+    prepare(args)
+    from bigflax import parity as comparison
+
+    rows = comparison.compare(args.source, tolerance=args.tolerance)
+    print(comparison.table(rows))
+    return int(any(not row.relative <= args.tolerance or row.first is not None for row in rows))
+
+
+VERBS: dict[str, Any] = {"train": train, "config": config, "generate": generate, "convert": convert, "parity": parity}
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -5,7 +5,16 @@ import zlib
 import numpy as np
 
 VOCAB, LENGTH, LONGEST = 40, 9, 16
-HEADS = ("causal_lm", "masked_lm", "sequence_classification", "token_classification", "question_answering", "embedding", None)
+HEADS = (
+    "causal_lm",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "discriminator",
+    "embedding",
+    None,
+)
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
@@ -13,6 +22,8 @@ rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "bert": COMMON,
+    "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
+    "electra": dict(COMMON, embedding_size=12),
     "gemma": dict(**DECODER, head_dim=8, **rope()),
     "gemma2": dict(
         DECODER, head_dim=8, num_hidden_layers=5, sliding_window=4, query_pre_attn_scalar=10, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
@@ -35,6 +46,8 @@ FAMILIES = {
     "phi3": dict(DECODER, hidden_size=32, sliding_window=5, **rope(partial_rotary_factor=0.5)),
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(DECODER, head_dim=8),
+    "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
+    "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 LABELS = 5
 
@@ -59,7 +72,12 @@ def torch_model(family, head):
 
 def drawn(name, shape):
     """float32 numbers that are a function of a tensor's name: around one for the scales of norms, around zero for all else."""
-    rng = np.random.default_rng(zlib.crc32(name.replace("embed_out", "lm_head").encode()))  # transformers renamed the module, not the file
+    for module, file in {
+        "embed_out": "lm_head",
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+    }.items():  # other names than in files
+        name = name.replace(module, file)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     is_scale = len(shape) == 1 and name.endswith("weight")
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
 
@@ -76,7 +94,7 @@ def inputs(family, kind="plain"):
     given = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
     if kind == "padded left":
         given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
-    if family == "bert":
+    if family in ("bert", "electra", "roberta"):
         given["token_type_ids"] = rng.integers(0, 2, ids.shape)
     return given, real
 

@@ -13,7 +13,7 @@ FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "trees weights losses chips flops checksum stored yardsticks",
     "ops sharding optim metrics writers curves",
     "nn data checkpoint peft compress",
-    "models hub train tasks generate explain export plan",
+    "models hub parity train tasks generate explain export plan",
     "main recipes runs",
 ]
 HOMES = {  # dependency -> where it may be imported
@@ -23,9 +23,9 @@ HOMES = {  # dependency -> where it may be imported
     "orbax": ("bigflax/checkpoint.py",),
     "absl": ("bigflax/main.py", "configs/", "bigflax/data/"),  # data: grain's worker processes want their flags parsed
     "ml_collections": ("bigflax/main.py", "bigflax/recipes.py", "bigflax/runs.py", "configs/"),
-    "transformers": ("bigflax/hub.py",),
+    "transformers": ("bigflax/parity.py",),
     "tensorflow": (),
-    "torch": (),
+    "torch": ("bigflax/parity.py",),
 }
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 FILES = {str(p.relative_to(ROOT)): p for top in ("bigflax", "configs") for p in sorted((ROOT / top).rglob("*.py"))}

@@ -10,11 +10,12 @@ import pytest
 from bigflax import models, sharding
 from bigflax.generate import choose, generate
 
+LOCAL = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "gpt2": ("gpt2", dict(n_embd=32, n_positions=24)),
     "llama with grouped queries": ("llama", dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)),
-    "gemma3 with windows and a rest": (
-        "gemma3_text", dict(num_hidden_layers=5, sliding_window=3, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]),
+    "qwen2 with windows and a rest": (
+        "qwen2", dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=3, layer_types=[*LOCAL, *LOCAL, LOCAL[0]]),
     ),
 }  # fmt: skip
 each_family = pytest.mark.parametrize("name", FAMILIES)

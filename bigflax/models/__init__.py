@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from bigflax import nn, trees
 
 FAMILIES = (
-    "bert", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3",
+    "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2",
+    "qwen3", "roberta", "xlm-roberta",
 )  # fmt: skip
 
 
@@ -22,7 +23,7 @@ def family(name: str) -> Any:
     """The module of a family. Raises ValueError that lists the families."""
     if name not in FAMILIES:
         raise ValueError(f"unknown model family {name!r}; {trees.did_you_mean(name, FAMILIES, 'the families are')}")
-    return importlib.import_module(f"bigflax.models.families.{name}")
+    return importlib.import_module(f"bigflax.models.families.{name.replace('-', '_')}")
 
 
 def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:

@@ -14,6 +14,7 @@ the others return the outputs themselves, under the names of the transformers li
 Left out on purpose: losses (tasks.py). Shapes: B batch, T time, D width, V vocabulary, C labels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax.nn import ACTIVATIONS, NORMAL, Initializer, Linear, Norm, dropout, pick, weight, zeros
+from bigflax.weights import shape
 
 
 class LmHead(nn.Module):
@@ -38,7 +40,7 @@ class LmHead(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """BERT's: a layer, an activation, a norm, then logits by the embedding table and a bias."""
+    """BERT's: a layer to the embedding's width, an activation, a norm, then logits by the embedding table and a bias."""
 
     vocab: int
     act: str
@@ -48,7 +50,7 @@ class MlmHead(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, embed_VD, real_BT=None):
         act = pick(ACTIVATIONS, self.act, "activation")
-        h_BTD = self.norm(act(Linear(x_BTD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BTD)))
+        h_BTD = self.norm(act(Linear(shape(embed_VD)[-1], "embed -> _", init=self.init, name="dense")(x_BTD)))
         return {"x_BTD": h_BTD, "w_VD": embed_VD, "bias": weight(self, "bias", (self.vocab,), "vocab", zeros)}
 
 
@@ -75,15 +77,18 @@ class SequenceHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A row of scores a token; `outputs` names them where they are not `logits` but each an output of its own."""
+    """A row of scores a token; `outputs` names them where each is an output [B, T] of its own; `act` names that of a layer before, or None."""
 
     labels: int
     outputs: tuple[str, ...] = ()
+    act: str | None = None
     dropout: float = 0.0
     init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD=None, real_BT=None):
+        if self.act is not None:
+            x_BTD = pick(ACTIVATIONS, self.act, "activation")(Linear(x_BTD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BTD))
         scores_BTC = Linear(self.labels, "embed -> _", init=self.init, name="scores")(dropout(self, x_BTD, self.dropout))
         return {name: scores_BTC[..., i] for i, name in enumerate(self.outputs)} if self.outputs else {"logits": scores_BTC}
 
@@ -112,6 +117,22 @@ def _mean(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
 
 
 POOLS = {"first": lambda x_BTD, real_BT: x_BTD[:, 0], "last": _last, "mean": _mean}
+
+
+def encoder_head(
+    head: str | None, *, vocab: int, norm: Callable[[], Norm], labels: int, init: Initializer, dropout: float = 0.0, mlm_act: str = "gelu",
+    act: str = "tanh", pooler: bool = True, first: Head | None = None,
+) -> Head | None:  # fmt: skip
+    """The heads of an encoder by name; `first` is what its own pre-training adds, as "discriminator". Raises ValueError that lists them."""
+    made: dict[Any, Any] = {
+        None: SequenceHead(0, act="tanh", init=init) if pooler else None,
+        "embedding": EmbeddingHead(),
+        "masked_lm": MlmHead(vocab, mlm_act, norm(), init),
+        "sequence_classification": SequenceHead(labels, act=act, dropout=dropout, init=init),
+        "token_classification": TokenHead(labels, dropout=dropout, init=init),
+        "question_answering": TokenHead(2, ("start_logits", "end_logits"), init=init),
+    }
+    return pick(made | ({} if first is None else {"discriminator": first}), head, "head")
 
 
 def decoder_head(head: str | None, *, vocab: int, tied: bool, labels: int, init: Initializer, softcap: float | None = None) -> Head | None:

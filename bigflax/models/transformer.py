@@ -24,7 +24,7 @@ import numpy as np
 
 from bigflax import ops
 from bigflax.models.heads import Head
-from bigflax.nn import NORMAL, Attention, Initializer, Mlp, Norm, dropout, stack, weight
+from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, stack, weight
 from bigflax.sharding import constrain
 
 
@@ -169,6 +169,7 @@ class Transformer(nn.Module):
 
     embed: Embed
     groups: tuple[Group, ...]
+    project: Linear | None = None  # from an embedding of another width
     norm: Norm | None = None
     head: Head | None = None
     remat: str = "none"
@@ -182,6 +183,7 @@ class Transformer(nn.Module):
         if cache is not None and position_ids is None:
             position_ids = cache["index"][0] + jnp.arange(input_ids.shape[1])[None]
         x0_BTD, embed_VD = self.embed(input_ids, position_ids, token_type_ids)
+        x0_BTD = x0_BTD if self.project is None else self.project(x0_BTD)
         where = {"positions": position_ids, **visibility(input_ids, attention_mask, segment_ids, cached=cache is not None)}
         x_BTD, (seen, cache) = self._run(x0_BTD, cache, keep=hidden_states, **where)
         if self.norm is not None:

@@ -18,9 +18,11 @@ HERE = Path(__file__).parent / "golden"
 def main(families):
     import torch
 
+    from bigflax import models
+
     HERE.mkdir(exist_ok=True)
     for family in families:
-        head = "masked_lm" if family == "bert" else "causal_lm"
+        head = next(head for head in ("causal_lm", "masked_lm") if head in models.family(family).HEADS)
         model = torch_model(family, head)
         given, _ = inputs(family, "padded right")
         with torch.no_grad():

@@ -64,6 +64,14 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("llama", "llama2-13b"): 13_015_864_320,
     ("llama", "llama3-8b"): 8_030_261_248,
     ("llama", "llama3-70b"): 70_553_706_496,
+    ("distilbert", "base"): 66_985_530,  # with the masked-LM head, tied
+    ("electra", "small"): 13_549_057,  # with the discriminator's head
+    ("electra", "base"): 109_483_009,
+    ("electra", "large"): 335_142_913,
+    ("roberta", "base"): 124_697_433,
+    ("roberta", "large"): 355_412_057,
+    ("xlm-roberta", "base"): 278_295_186,
+    ("xlm-roberta", "large"): 560_142_482,
     ("gemma", "2b"): 2_506_172_416,
     ("gemma", "7b"): 8_537_680_896,
     ("gemma2", "2b"): 2_614_341_888,

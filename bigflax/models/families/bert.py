@@ -3,9 +3,9 @@
 Arguments are the fields of the Hugging Face config (`model_type` "bert"), with its defaults.
 """
 
-from bigflax.models.heads import EmbeddingHead, MlmHead, SequenceHead, TokenHead
+from bigflax.models.heads import encoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm, Transformer
-from bigflax.nn import head_width, normal, pick
+from bigflax.nn import head_width, normal
 
 SIZES = {
     "tiny": dict(
@@ -44,19 +44,18 @@ def build(
         num_attention_heads, head_width(hidden_size, num_attention_heads), causal=False, bias=True, dropout=drop, init=init, out_init=init
     )
     mlp = Mlp(intermediate_size, hidden_act, bias=True, dropout=drop, init=init, out_init=init)
-    heads = {
-        None: SequenceHead(0, act="tanh", init=init),
-        "embedding": EmbeddingHead(),
-        "masked_lm": MlmHead(vocab_size, hidden_act, norm(), init),
-        "sequence_classification": SequenceHead(
-            num_labels, act="tanh", dropout=drop if classifier_dropout is None else classifier_dropout, init=init
-        ),
-        "token_classification": TokenHead(num_labels, dropout=drop if classifier_dropout is None else classifier_dropout, init=init),
-        "question_answering": TokenHead(2, ("start_logits", "end_logits"), init=init),
-    }
+    head_ = encoder_head(
+        head,
+        vocab=vocab_size,
+        norm=norm,
+        labels=num_labels,
+        init=init,
+        mlm_act=hidden_act,
+        dropout=drop if classifier_dropout is None else classifier_dropout,
+    )
     return Transformer(
         embed=Embed(vocab_size, hidden_size, positions=max_position_embeddings, types=type_vocab_size, norm=norm(), dropout=drop, dtype=dtype, init=init),
-        groups=(Group((Block(attention, mlp, norm(), order="post"),), num_hidden_layers),), head=pick(heads, head, "head"), remat=remat, unroll=unroll,
+        groups=(Group((Block(attention, mlp, norm(), order="post"),), num_hidden_layers),), head=head_, remat=remat, unroll=unroll,
     )  # fmt: skip
 
 
@@ -85,8 +84,19 @@ NAMES = {
     "encoder.layer.{l}.output.LayerNorm.weight": ("blocks/norm2/scale", "D"),
     "encoder.layer.{l}.output.LayerNorm.bias": ("blocks/norm2/bias", "D"),
 }
-_POOLER = {"bert.pooler.dense.weight": ("head/dense/w", "E D -> D E"), "bert.pooler.dense.bias": ("head/dense/b", "D")}
-_scores = lambda name: {f"{name}.weight": ("head/scores/w", "C D -> D C"), f"{name}.bias": ("head/scores/b", "C")}
+
+
+def layer(name: str, leaf: str) -> dict:
+    """The lines of a layer with bias, as PyTorch stores it."""
+    return {f"{name}.weight": (f"{leaf}/w", "F D -> D F"), f"{name}.bias": (f"{leaf}/b", "F")}
+
+
+def norm_lines(name: str, leaf: str) -> dict:
+    return {f"{name}.weight": (f"{leaf}/scale", "D"), f"{name}.bias": (f"{leaf}/bias", "D")}
+
+
+_POOLER = layer("bert.pooler.dense", "head/dense")
+_scores = lambda name: layer(name, "head/scores")
 _MASKED = {
     "cls.predictions.transform.dense.weight": ("head/dense/w", "E D -> D E"),
     "cls.predictions.transform.dense.bias": ("head/dense/b", "D"),
