@@ -96,11 +96,19 @@ def read_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder!r} has no config.json; a folder as transformers writes it is needed")
+    return _read_json(path)
+
+
+def _read_json(path: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with these keys. Raises ValueError where it is anything else."""
     with open(path) as file:
         try:
-            return json.load(file)
+            found = json.load(file)
         except ValueError as error:
             raise ValueError(f"{path!r} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise ValueError(f"{path!r} is not an object{' with ' + ', '.join(map(repr, keys)) if keys else ''}")
+    return found
 
 
 def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any]]:
@@ -121,8 +129,8 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
                 f"{folder!r} has the field {field!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
             )
     config = {field: value for field, value in said.items() if field in known}
-    if "id2label" in said or "num_labels" in said:
-        config["num_labels"] = len(said.get("id2label") or ()) or said["num_labels"]
+    if labels := len(said.get("id2label") or ()) or said.get("num_labels"):
+        config["num_labels"] = labels
     return kind, config
 
 
@@ -132,8 +140,12 @@ def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
     rope = said.pop("rope_parameters", None)
     if rope is not None:
         if "full_attention" in rope:  # one for each kind of layer
-            said["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-            rope = rope["full_attention"]
+            local, rope = rope.get("sliding_attention", {}), rope["full_attention"]
+            if local.get("rope_type", "default") != "default":
+                raise ValueError(
+                    f"rope_parameters of sliding_attention have rope_type {local['rope_type']!r}; only 'default' is supported there"
+                )
+            said |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         said |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         said["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
@@ -184,8 +196,7 @@ def open_tensors(folder: str) -> dict[str, Tensor]:
 
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
-        with open(index) as file:
-            listed = json.load(file)["weight_map"]
+        listed = _read_json(index, "weight_map")["weight_map"]
         files = sorted(set(listed.values()))
     else:
         listed, files = None, ["model.safetensors"]
@@ -292,6 +303,8 @@ def save(
             plan[-1].append((name, entry, at))
             total += size(name, entry)
     _write_shards(plan, leaves, folder, dtype, total)
+    if jax.process_index() != 0:
+        return
     _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
     _copy_tokenizer(tokenizer or model.source, folder)
 

@@ -29,7 +29,10 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     def loss_fn(params, batch, rng=None):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels_BT = batch["labels"]
-        head = model.apply(params, rng=rng, logits=False, **inputs)["head"]
+        out = model.apply(params, rng=rng, logits=False, **inputs)
+        if "head" not in out:
+            raise ValueError(f"a loss of tokens needs a model with a language-model head, and this one gives {', '.join(out)}")
+        head = out["head"]
         losses_BT, correct_BT = ops.linear_cross_entropy(labels_BT=labels_BT, z_loss=z_loss, chunk=chunk, **head)
         count = jnp.sum(labels_BT != IGNORED)
         loss = Mean(jnp.sum(losses_BT), count)

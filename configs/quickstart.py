@@ -34,7 +34,7 @@ def get_config(variant: str = "short"):
             data=dict(source=dict(kind="python"), length=256 if long else 128, batch_size=16, validation_fraction=0.03),
             task=dict(name="causal_lm"),
             optimizer=dict(name="muon", lr=0.02, kind="linear", warmup_steps=10, final=0.0, weight_decay=0.01),
-            fit=dict(steps=600 if long else 140, log_every=10, eval_every=300 if long else 140, save_minutes=0.5),
+            fit=dict(steps=600 if long else 110, log_every=10, eval_every=300 if long else 110, save_minutes=0.5),
             watch=dict(metric="bits_per_byte"),
             sample=dict(prompt="def read_lines(path):\n", max_new_tokens=120, temperature=0.5),
             yardsticks=True,

@@ -57,6 +57,7 @@ CASES = {
         "1 bad records, more than max_bad=0 allows; the first is",
     ),
     "metric to watch that there is not": (["fit.eval_every=3", "watch.metric=acuracy"], "no metric 'acuracy' to watch; .*'accuracy'"),
+    "head without words": (["model.head=sequence_classification"], "a loss of tokens needs a model with a language-model head"),
     "sample longer than the positions": (
         ["sample.prompt=the", "sample.max_new_tokens=40"],
         "4 tokens and 40 new ones do not fit .* 32 positions",

@@ -156,6 +156,7 @@ BROKEN = {  # what is done to the folder, what the sentence must say
     "a value we do not compute": (lambda f: edit_config(f, pretraining_tp=2), "says pretraining_tp = 2, and llama is supported with 1 only"),
     "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "says quantization_config = .*, and llama .* None only"),
     "an unknown architecture": (lambda f: edit_config(f, architectures=["LlamaForTokens"]), "'LlamaForTokens' is not known; there are"),
+    "config that is no object": (lambda f: (f / "config.json").write_text("[]"), "config.json' is not an object"),
     "an unknown scaling": (lambda f: edit_config(f, rope_scaling={"rope_type": "spiral"}), "rope has no scaling 'spiral'"),
 }  # fmt: skip
 
@@ -173,6 +174,9 @@ def test_broken_index(tmp_path):
     shutil.copy(next(tmp_path.glob("model-00002*")), kept)
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(FileNotFoundError, match="has no model-00002"):
+        bigflax.load(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not an object with 'weight_map'"):
         bigflax.load(str(tmp_path))
 
 

@@ -13,7 +13,10 @@ from bigflax.main import main
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="compares with PyTorch: pip install 'bigflax[parity]'")
-CASES = [("bert", "masked_lm"), ("bert", "question_answering"), ("bert", None), ("llama", "causal_lm"), ("opt", "sequence_classification")]
+CASES = [
+    ("bert", "masked_lm"), ("bert", "question_answering"), ("bert", None), ("llama", "causal_lm"), ("opt", "sequence_classification"),
+    ("electra", "discriminator"), ("roberta", "masked_lm"),
+]  # fmt: skip
 
 
 @needs_torch
@@ -23,12 +26,12 @@ def test_equal_models_pass(family, head, tmp_path, capsys):
     assert main(["parity", str(tmp_path), "--cache="]) == 0
     shown = capsys.readouterr().out
     kinds = {"plain", "padded right", "padded left", "longest"}
-    kinds |= ({"token types"} if family == "bert" else set()) | (
+    kinds |= ({"token types"} if family in ("bert", "electra", "roberta") else set()) | (
         {"packed"} if head in ("masked_lm", "causal_lm", "question_answering") else set()
     )
     rows = parity.compare(str(tmp_path))
     assert {row.inputs for row in rows} == kinds and all(kind in shown for kind in kinds)
-    has_logits = head not in (None, "question_answering")
+    has_logits = head not in (None, "question_answering", "discriminator")  # the last has one number a token, no distribution
     assert all((row.top1 == 1.0 and row.kl < 1e-6) if has_logits else row.kl is None for row in rows)
 
 

@@ -1,11 +1,11 @@
 """Transformers by composition: an embedding, one kind of block stacked and scanned, a final norm, a head.
 
-    decoder   Transformer(Embed(...), Block(Attention(causal=True), Mlp(...), Norm()), norm=Norm(), head=LmHead())
-    encoder   Transformer(Embed(types=2, norm=Norm()), Block(Attention(causal=False), ..., order="post"), head=MlmHead(...))
+    decoder   Transformer(Embed(...), (Group((Block(Attention(causal=True), Mlp(...), Norm()),), 12),), norm=Norm(), head=LmHead())
+    encoder   Transformer(Embed(types=2, norm=Norm()), (Group((Block(Attention(causal=False), ..., order="post"),), 12),), head=MlmHead(...))
 
-The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`, `position_ids`, and
-`segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request `hidden_states` and
-`cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
+The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`,
+`position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request
+`hidden_states` and `cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
 `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
 Left out on purpose: what no family here needs yet (mixture of experts, cross-attention).
@@ -49,7 +49,7 @@ class Embed(nn.Module):
         w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init)
         # Rows are looked up in a table that is whole in its width: XLA cannot shard the lookup's output by batch and by width at once.
         x_BTD = ops.take(whole_rows(w_VD, "vocab"), input_ids, self.dtype)
-        if self.scale is not None:
+        if self.scale is not None:  # rounded to the activations' dtype first, as the models that have it were trained
             x_BTD *= jnp.asarray(self.scale, x_BTD.dtype)
         if self.positions:
             if position_ids is None and input_ids.shape[1] > self.positions:
@@ -158,6 +158,19 @@ def alternating(kinds: Sequence[Any], make: Callable[[Any], Block]) -> tuple[Gro
     repeats, rest = divmod(len(kinds), period)
     blocks = tuple(map(make, kinds[:period]))
     return (Group(blocks, repeats), *([Group(blocks[:rest], 1)] if rest else []))
+
+
+def attention_kinds(listed: Sequence[str] | None, layers: int, default: Callable[[int], str]) -> list[str]:
+    """ "full_attention" or "sliding_attention" of each layer: as `listed` in a config (`layer_types`), else by `default`.
+
+    Raises ValueError for a list of another length, or with a kind that we do not compute.
+    """
+    kinds = [default(i) for i in range(layers)] if listed is None else list(listed)
+    if strange := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types has {min(strange)!r}; supported are 'full_attention' and 'sliding_attention'")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types lists {len(kinds)} layers, but the model has {layers}")
+    return kinds
 
 
 class Transformer(nn.Module):

@@ -343,6 +343,11 @@ MISTAKES = {
     "field": (dict(name="llama", hidden_sizes=3), "llama has no config field 'hidden_sizes'; the nearest names are 'hidden_size'"),
     "activation": (dict(name="gpt2", size="tiny", activation_function="gelu_now"), "'gelu_now'.*'gelu_new'"),
     "head": (dict(name="gpt2", size="tiny", head="causl_lm"), "unknown head 'causl_lm'; .*'causal_lm'"),
+    "kind of layer": (
+        dict(name="qwen3", size="tiny", layer_types=["full_attention", "linear_attention"]),
+        "has 'linear_attention'; supported",
+    ),
+    "list of layers": (dict(name="gemma2", size="tiny", layer_types=["full_attention"] * 3), "lists 3 layers, but the model has 2"),
     "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
     "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
     "kv heads": (dict(name="llama", size="tiny", num_key_value_heads=3), "4 query heads do not divide over 3 kv heads"),

@@ -54,5 +54,5 @@ def build(
 NAMES = llama.NAMES
 HEADS = llama.heads("Gemma")
 PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
-IGNORED = ("attention_dropout", "hidden_activation")  # the first releases' hidden_activation is null
+IGNORED = ("attention_dropout", "hidden_activation")  # transformers computes hidden_act and never reads the other
 FIXED = {"use_bidirectional_attention": False}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating, attention_kinds
 from bigflax.nn import Rope, normal
 
 SIZES = {
@@ -60,8 +60,8 @@ def build(
         )  # fmt: skip
         return Block(attention, mlp(), norm(), order="sandwich")
 
-    kinds = ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(num_hidden_layers)]
-    groups = alternating(layer_types or kinds, block)
+    kinds = attention_kinds(layer_types, num_hidden_layers, lambda i: "sliding_attention" if (i + 1) % 2 else "full_attention")
+    groups = alternating(kinds, block)
     return Transformer(
         embed=Embed(vocab_size, hidden_size, scale=hidden_size**0.5, dtype=dtype, init=init), groups=groups, norm=norm(),
         head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init,
@@ -77,5 +77,5 @@ NAMES = {
 }
 HEADS = llama.heads("Gemma2")
 PREFIX, BUFFERS = llama.PREFIX, llama.BUFFERS
-IGNORED = ("attention_dropout", "cache_implementation", "hidden_act")
+IGNORED = ("attention_dropout", "cache_implementation", "hidden_act")  # transformers computes hidden_activation here
 FIXED = {"use_bidirectional_attention": False}

@@ -3,12 +3,11 @@
 Arguments are the fields of the Hugging Face config (`model_type` "gemma3_text"), with its defaults.
 """
 
-import re
 from typing import Any
 
-from bigflax.models.families import llama
+from bigflax.models.families import gemma2, llama
 from bigflax.models.heads import decoder_head
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating, attention_kinds
 from bigflax.nn import Rope, normal
 
 SIZES = {
@@ -58,8 +57,8 @@ def build(
         )  # fmt: skip
         return Block(attention, mlp(), norm(), order="sandwich")
 
-    kinds = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(num_hidden_layers)]
-    groups = alternating(layer_types or kinds, block)
+    kinds = attention_kinds(layer_types, num_hidden_layers, lambda i: "sliding_attention" if (i + 1) % 6 else "full_attention")
+    groups = alternating(kinds, block)
     return Transformer(
         embed=Embed(vocab_size, hidden_size, scale=hidden_size**0.5, dtype=dtype, init=init), groups=groups, norm=norm(),
         head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init,
@@ -67,11 +66,8 @@ def build(
     )  # fmt: skip
 
 
-_NORMS = {"post_attention_layernorm": "pre_feedforward_layernorm"}  # Llama's norm before the mlp -> Gemma's
 NAMES = {
-    **{re.sub("|".join(_NORMS), lambda m: _NORMS[m.group()], name): line for name, line in llama.NAMES.items()},
-    "layers.{l}.post_attention_layernorm.weight": ("blocks/norm1_out/scale", "D"),
-    "layers.{l}.post_feedforward_layernorm.weight": ("blocks/norm2_out/scale", "D"),
+    **gemma2.NAMES,
     **{f"layers.{{l}}.self_attn.{x}_norm.weight": (f"blocks/attention/{x}_norm/scale", "H") for x in "qk"},
 }
 HEADS = llama.heads("Gemma3") | {None: ("Gemma3TextModel", {})}

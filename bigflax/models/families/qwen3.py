@@ -7,7 +7,7 @@ from typing import Any
 
 from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
-from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating
+from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating, attention_kinds
 from bigflax.nn import Rope, normal
 
 SIZES = {
@@ -59,7 +59,7 @@ def build(
         )  # fmt: skip
         return Block(attention, mlp(), norm())
 
-    groups = alternating(layer_types or [local(i) for i in range(num_hidden_layers)], block)
+    groups = alternating(attention_kinds(layer_types, num_hidden_layers, local), block)
     return Transformer(
         embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), groups=groups, norm=norm(),
         head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init), remat=remat, unroll=unroll,
