@@ -225,18 +225,24 @@ class Rope(nn.Module):
 class Attention(nn.Module):
     """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
 
-    `__call__(x, cache, positions=, q_segments=, kv_segments=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
-    "segments": [B, S]}` for one layer: new keys and values are written at `index`, and attention runs over all that is written.
+    `__call__(x, cache, positions=, q_segments=, kv_segments=, bias=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
+    "segments": [B, S]}` for one layer: new keys and values are written at `index`, and attention runs over all that is written. `bias`
+    [1 or B, N, T, S] is added to the logits.
+
+    A `cross` attention looks at `memory` [B, S, D'], another sequence's states; its cache, `{"k", "v", "segments"}`, keeps what was made of
+    the memory, and where `memory` is None serves instead of it.
     """
 
     heads: int
     head_dim: int
     kv_heads: int | None = None
     causal: bool = True
+    cross: bool = False
     rope: Rope | None = None
     norm: Norm | None = None  # of q and k before the rotation: over the width of each head,
     norm_heads: bool = False  # or over all heads together
     bias: bool = False
+    k_bias: bool | None = None
     out_bias: bool | None = None
     window: int | None = None
     softcap: float | None = None
@@ -246,49 +252,62 @@ class Attention(nn.Module):
     out_init: Initializer = NORMAL
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, positions=None, q_segments=None, kv_segments=None):
-        D, N, K, H = x_BTD.shape[-1], self.heads, self.kv_heads or self.heads, self.head_dim
-        q_BTNH, k_BTKH, v_BTKH = (
-            self._project(x_BTD, "q", N, "heads"),
-            self._project(x_BTD, "k", K, "kv_heads"),
-            self._project(x_BTD, "v", K, "kv_heads"),
-        )
-        if self.norm is not None:
-            q_BTNH, k_BTKH = self._normed("q_norm", q_BTNH), self._normed("k_norm", k_BTKH)
-        if self.rope is not None:
-            at = jnp.arange(x_BTD.shape[1])[None] if positions is None else positions
-            q_BTNH, k_BTKH = self.rope(q_BTNH, at), self.rope(k_BTKH, at)
-        places = {}
-        if cache is not None:
-            cache = write_cache(cache, k_BTKH, v_BTKH, kv_segments)
-            k_BTKH, v_BTKH, kv_segments = cache["k"].astype(x_BTD.dtype), cache["v"].astype(x_BTD.dtype), cache["segments"]
-            # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
-            T, S = x_BTD.shape[1], k_BTKH.shape[1]
-            places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(S)[None]}
+    def __call__(self, x_BTD, cache=None, *, memory=None, positions=None, q_segments=None, kv_segments=None, bias=None):
+        D, N, H, T, places = x_BTD.shape[-1], self.heads, self.head_dim, x_BTD.shape[1], {}
+        q_BTNH = self._normed("q_norm", self._project(x_BTD, "q", N, "heads", self.bias))
+        if self.cross:
+            k_BSKH, v_BSKH, kv_segments, cache = self._recall(memory, kv_segments, cache)
+            q_segments = None if kv_segments is None else jnp.ones(x_BTD.shape[:2], jnp.int32)  # all that is real may be seen
+        else:
+            k_BSKH, v_BSKH = self._keys(x_BTD)
+            if self.rope is not None:
+                at = jnp.arange(T)[None] if positions is None else positions
+                q_BTNH, k_BSKH = self.rope(q_BTNH, at), self.rope(k_BSKH, at)
+            if cache is not None:
+                cache = write_cache(cache, k_BSKH, v_BSKH, kv_segments)
+                k_BSKH, v_BSKH, kv_segments = cache["k"], cache["v"], cache["segments"]
+                # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
+                places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
         q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", None)
         y_BTNH = ops.attention(
-            q_BTNH, k_BTKH, v_BTKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
-            scale=self.scale, softcap=self.softcap, **places,
+            q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
+            scale=self.scale, softcap=self.softcap, bias=bias, **places,
         )  # fmt: skip
         y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
         if self.bias if self.out_bias is None else self.out_bias:
             y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
         return dropout(self, y_BTD, self.dropout), cache
 
+    def _keys(self, x_BSD):
+        """Keys, normed where asked for but not yet rotated, and values: both [B, S, K, H]."""
+        K = self.kv_heads or self.heads
+        k_BSKH = self._project(x_BSD, "k", K, "kv_heads", self.bias if self.k_bias is None else self.k_bias)
+        return self._normed("k_norm", k_BSKH), self._project(x_BSD, "v", K, "kv_heads", self.bias)
+
+    def _recall(self, memory, segments, cache):
+        """Keys, values and segments of the memory, or of the cache that was made of it, and the cache."""
+        if memory is None:
+            if cache is None:
+                raise ValueError("a decoder that looks at an encoder's states was given none: pass the encoder's inputs too")
+            return cache["k"], cache["v"], cache["segments"], cache
+        k_BSKH, v_BSKH = self._keys(memory)
+        if cache is not None:
+            segments = jnp.ones(memory.shape[:2], jnp.int32) if segments is None else segments
+            cache = {"k": k_BSKH.astype(cache["k"].dtype), "v": v_BSKH.astype(cache["v"].dtype), "segments": segments}
+        return k_BSKH, v_BSKH, segments, cache
+
     def _normed(self, name, x_BTNH):
-        assert self.norm is not None
+        if self.norm is None:
+            return x_BTNH
         norm = self.norm.clone(parent=self, name=name)
         return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape) if self.norm_heads else norm(x_BTNH)
 
-    def _project(self, x_BTD, name, heads, axis):
-        y_BTNH = ops.einsum(
-            "btd,dnh->btnh", x_BTD, weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init)
-        )
-        return (
-            y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
-            if self.bias
-            else y_BTNH
-        )
+    def _project(self, x_BTD, name, heads, axis, bias):
+        w = weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init)
+        y_BTNH = ops.einsum("btd,dnh->btnh", x_BTD, w)
+        if not bias:
+            return y_BTNH
+        return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
 
 
 def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, jax.Array]:

@@ -15,6 +15,9 @@ HEADS = (
     "embedding",
     None,
 )
+# family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
+READS: dict[str, str] = {}
+OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
@@ -60,9 +63,8 @@ def torch_model(family, head):
     from bigflax import models
 
     labels = 2 if head == "question_answering" else LABELS  # start and end
-    config = transformers.CONFIG_MAPPING[family](
-        **FAMILIES[family], vocab_size=VOCAB, num_labels=labels, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    )
+    tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
+    config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
     model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
     with torch.no_grad():
         for name, w in model.named_parameters():
@@ -82,9 +84,18 @@ def drawn(name, shape):
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
 
 
+def kinds(family):
+    """The kinds of inputs that a family is tried with."""
+    return READERS[READS.get(family, "tokens")][1]
+
+
 def inputs(family, kind="plain"):
-    """(inputs by name, which tokens are real [B, T])."""
+    """(inputs by name, masks [B, T] of what is real: outputs of that shape are compared there alone)."""
     rng = np.random.default_rng(zlib.crc32(f"{family} {kind}".encode()))
+    return READERS[READS.get(family, "tokens")][0](family, kind, rng)
+
+
+def _tokens(family, kind, rng):
     length = LONGEST if kind == "longest" else LENGTH
     ids, real = rng.integers(3, VOCAB, (3, length)), np.ones((3, length), bool)
     if kind.startswith("padded"):
@@ -96,16 +107,34 @@ def inputs(family, kind="plain"):
         given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
     if family in ("bert", "electra", "roberta"):
         given["token_type_ids"] = rng.integers(0, 2, ids.shape)
-    return given, real
+    return given, [real]
+
+
+# what a family reads -> (maker of inputs, their kinds)
+READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest"))}
+
+
+def masked(x, reals):
+    """The array with zeros where nothing real is."""
+    x = np.asarray(x, np.float32)
+    for real in reals:
+        if x.shape[:2] == real.shape:
+            return np.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+    return x
+
+
+SCORES = ("logits", "start_logits", "end_logits")
+
+
+def outputs(out):
+    """The names of what a model gives that is to be compared; tuples are states of the layers."""
+    return [name for name in out if name not in ("cache", "head") and (name != "last_hidden_state" or not {*out} & {*SCORES})]
 
 
 def labels_for(out):
     """Random targets for the outputs that a loss is taken of."""
     rng = np.random.default_rng(0)
-    trained = [name for name in ("logits", "start_logits", "end_logits") if name in out] or [
-        "last_hidden_state",
-        *({"pooler_output"} & {*out}),
-    ]
+    trained = [name for name in SCORES if name in out] or [name for name in ("last_hidden_state", "pooler_output") if name in out]
     return {name: rng.normal(size=out[name].shape).astype(np.float32) for name in trained}
 
 

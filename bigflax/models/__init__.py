@@ -8,9 +8,6 @@ import importlib
 import inspect
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from bigflax import nn, trees
 
 FAMILIES = (
@@ -36,5 +33,5 @@ def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:
         if key not in known:
             raise ValueError(f"{name} has no config field {key!r}; {trees.did_you_mean(key, known)}")
     config = {name: p.default for name, p in known.items()} | (home.SIZES[size] if size else {}) | config
-    made = nn.model(home.build(**config), input_ids=jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    return dataclasses.replace(made, family=name, config=config)
+    module = home.build(**config)
+    return dataclasses.replace(nn.model(module, **module.example()), family=name, config=config)

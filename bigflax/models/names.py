@@ -129,15 +129,22 @@ class Entry:
 
 
 Place = tuple[str, int, int, int]  # of a group of layers: the name of its leaves, its first layer, its period, how often it repeats
+Places = Mapping[str, Sequence[Place]]  # stem of the leaves in the table -> the groups that its layers are in
 
 
-def entries(table: Table, places: Sequence[Place] = (("blocks", 0, 1, 1),)) -> list[Entry]:
-    """The lines of a table. A line of the layers, whose leaves it writes below "blocks/", becomes one for each kind of layer there is."""
+def below(name: str, places: Places) -> Places:
+    """The places of a part that is itself called `name`."""
+    return {f"{name}/{stem}": [(f"{name}/{group}", *counts) for group, *counts in groups] for stem, groups in places.items()}
+
+
+def entries(table: Table, places: Places = {"blocks": (("blocks", 0, 1, 1),)}) -> list[Entry]:  # noqa: B006 (never changed)
+    """The lines of a table. A line of layers, whose leaves it writes below a stem of `places`, becomes one for each kind of layer there is."""
     out = []
     for template, (leaves, pattern) in table.items():
-        for name, first, period, _ in places if leaves.startswith("blocks/") else [("", 0, 1, 1)]:
+        stem = next((stem for stem in places if leaves.startswith(f"{stem}/")), None)
+        for name, first, period, _ in [("", 0, 1, 1)] if stem is None else places[stem]:
             for kind in range(period):
                 where = f"{name}/" if period == 1 else f"{name}/{kind}/"
-                mine = tuple(re.sub("^blocks/", where, leaf) for leaf in leaves.split())
+                mine = tuple(where + leaf.removeprefix(f"{stem}/") if stem else leaf for leaf in leaves.split())
                 out.append(Entry(template, mine, pattern, first + kind, period))
     return out

@@ -8,7 +8,8 @@ The heads are in heads.py. Inputs and outputs bear the names of the transformers
 `hidden_states` and `cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
 `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
-Left out on purpose: what no family here needs yet (mixture of experts, cross-attention).
+What is embedded need not be tokens: an embedding names its input (`takes`), and a Transformer over `pixel_values` or `input_features` differs in
+nothing else. With `memory`, the states of another sequence, blocks that have a `cross` attention see those too (seq2seq.py).
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ from bigflax.models.heads import Head
 from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, stack, weight
 from bigflax.sharding import constrain
 
+Inputs = dict[str, jax.ShapeDtypeStruct]
+
 
 class Embed(nn.Module):
     """Token rows, plus learned positions and token types where they are asked for; sets the dtype of computation."""
@@ -42,11 +45,17 @@ class Embed(nn.Module):
     dtype: str = "float32"
     init: Initializer = NORMAL
 
+    takes = "input_ids"
+
+    def example(self) -> Inputs:
+        return {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+
     @nn.compact
-    def __call__(self, input_ids, position_ids=None, token_type_ids=None):
+    def __call__(self, input_ids, position_ids=None, token_type_ids=None, table=None):
+        """(x_BTD, the table of tokens): `table` where two models share one, else its own weight."""
         if not isinstance(input_ids, jax.core.Tracer) and (worst := int(np.asarray(input_ids).max(initial=0))) >= self.vocab:
             raise ValueError(f"token id {worst} is outside of the vocabulary of {self.vocab}; is it the tokenizer of another model?")
-        w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init)
+        w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init) if table is None else table
         # Rows are looked up in a table that is whole in its width: XLA cannot shard the lookup's output by batch and by width at once.
         x_BTD = ops.take(whole_rows(w_VD, "vocab"), input_ids, self.dtype)
         if self.scale is not None:  # rounded to the activations' dtype first, as the models that have it were trained
@@ -78,47 +87,60 @@ def whole_rows(w_VD: Any, rows: str | None = None) -> Any:
 
 
 class Block(nn.Module):
-    """One layer; f is the attention and then the mlp.
+    """One layer; f is the attention, then the attention to `memory` where there is a `cross`, and then the mlp.
 
-    pre        x += f(norm(x))                              GPT-2, Llama
-    post       x = norm(x + f(x))                           the first transformer, BERT
+    pre        x += f(norm(x))                              GPT-2, Llama, T5
+    post       x = norm(x + f(x))                           the first transformer, BERT, BART
     output     x += norm(f(x))                              OLMo 2
     sandwich   x += norm'(f(norm(x)))                       Gemma 2 and 3
     parallel   x += attention(norm(x)) + mlp(norm'(x))      GPT-NeoX
+
+    Returns x and what the layer has to say beside it: {"hidden"} on request, the "cache" of one that was given, and "router" of a mixture.
     """
 
     attention: Attention
     mlp: Mlp
     norm: Norm
     order: str = "pre"
+    cross: Attention | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, keep=False, **where):
-        norm = lambda name: self.norm.clone(parent=self, name=name)
-        attend = lambda x_BTD: self.attention(x_BTD, cache, **where)
-        if self.order == "pre":
-            y_BTD, cache = attend(norm("norm1")(x_BTD))
-            x_BTD = x_BTD + y_BTD
-            x_BTD = x_BTD + self.mlp(norm("norm2")(x_BTD))
-        elif self.order == "post":
-            y_BTD, cache = attend(x_BTD)
-            x_BTD = norm("norm1")(x_BTD + y_BTD)
-            x_BTD = norm("norm2")(x_BTD + self.mlp(x_BTD))
-        elif self.order == "output":
-            y_BTD, cache = attend(x_BTD)
-            x_BTD = x_BTD + norm("norm1")(y_BTD)
-            x_BTD = x_BTD + norm("norm2")(self.mlp(x_BTD))
-        elif self.order == "sandwich":
-            y_BTD, cache = attend(norm("norm1")(x_BTD))
-            x_BTD = x_BTD + norm("norm1_out")(y_BTD)
-            x_BTD = x_BTD + norm("norm2_out")(self.mlp(norm("norm2")(x_BTD)))
-        elif self.order == "parallel":
-            y_BTD, cache = attend(norm("norm1")(x_BTD))
-            x_BTD = x_BTD + y_BTD + self.mlp(norm("norm2")(x_BTD))
+    def __call__(self, x_BTD, cache=None, *, keep=False, memory=None, memory_segments=None, **where):
+        seen: dict[str, Any] = {}
+        own, other = (cache, None) if cache is None or self.cross is None else (cache["own"], cache["cross"])
+
+        def attend(x_BTD):
+            y_BTD, seen["cache"] = self.attention(x_BTD, own, **where)
+            return y_BTD
+
+        def look(x_BTD):
+            y_BTD, new = self.cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
+            seen["cache"] = None if cache is None else {"own": seen["cache"], "cross": new}
+            return y_BTD
+
+        def think(x_BTD):
+            out = self.mlp(x_BTD)
+            y_BTD, seen["router"] = out if isinstance(out, tuple) else (out, None)  # a mixture says how it chose
+            return y_BTD
+
+        norm = lambda name, x_BTD: self.norm.clone(parent=self, name=name)(x_BTD)
+        parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
+        if self.order == "parallel":
+            x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
         else:
-            raise ValueError(f"unknown order of norms {self.order!r}; there are pre, post, output, sandwich and parallel")
+            for name, part in parts.items():
+                if self.order == "pre":
+                    x_BTD = x_BTD + part(norm(name, x_BTD))
+                elif self.order == "post":
+                    x_BTD = norm(name, x_BTD + part(x_BTD))
+                elif self.order == "output":
+                    x_BTD = x_BTD + norm(name, part(x_BTD))
+                elif self.order == "sandwich":
+                    x_BTD = x_BTD + norm(f"{name}_out", part(norm(name, x_BTD)))
+                else:
+                    raise ValueError(f"unknown order of norms {self.order!r}; there are pre, post, output, sandwich and parallel")
         x_BTD = constrain(x_BTD, "batch", "seq", None)
-        return x_BTD, (x_BTD if keep else None, cache)
+        return x_BTD, {**seen, "hidden": x_BTD if keep else None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,35 +210,47 @@ class Transformer(nn.Module):
     remat: str = "none"
     unroll: int | bool = 1
 
+    def example(self) -> Inputs:
+        """The inputs of a small call, as ShapeDtypeStructs by name."""
+        return self.embed.example()
+
     @nn.compact
     def __call__(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, segment_ids=None, *,
-        cache=None, logits=True, hidden_states=False,
+        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, segment_ids=None, *, pixel_values=None,
+        input_features=None, memory=None, memory_segments=None, table=None, cache=None, logits=True, hidden_states=False,
     ):  # fmt: skip
+        given = self._given(input_ids=input_ids, pixel_values=pixel_values, input_features=input_features)
         if cache is not None and position_ids is None:
-            position_ids = cache["index"][0] + jnp.arange(input_ids.shape[1])[None]
-        x0_BTD, embed_VD = self.embed(input_ids, position_ids, token_type_ids)
+            position_ids = cache_index(cache)[0] + jnp.arange(given.shape[1])[None]
+        x0_BTD, table = self.embed(given, position_ids, token_type_ids, table)
         x0_BTD = x0_BTD if self.project is None else self.project(x0_BTD)
-        where = {"positions": position_ids, **visibility(input_ids, attention_mask, segment_ids, cached=cache is not None)}
-        x_BTD, (seen, cache) = self._run(x0_BTD, cache, keep=hidden_states, **where)
+        where = {"positions": position_ids, **visibility(x0_BTD, attention_mask, segment_ids, cached=cache is not None)}
+        x_BTD, seen = self._run(x0_BTD, cache, keep=hidden_states, memory=memory, memory_segments=memory_segments, **where)
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out: dict[str, Any] = {"last_hidden_state": x_BTD}
         if hidden_states:
             # The last of the tuple is after the final norm, as in transformers.
-            out["hidden_states"] = (x0_BTD, *(seen[i] for i in range(len(seen) - 1)), x_BTD)
+            out["hidden_states"] = (x0_BTD, *(seen["hidden"][i] for i in range(len(seen["hidden"]) - 1)), x_BTD)
         if cache is not None:
-            out["cache"] = cache
+            out["cache"] = seen["cache"]
         if self.head is not None:
             real_BT = attention_mask if segment_ids is None else segment_ids
-            found: dict[str, Any] = self.head(x_BTD, embed_VD, None if real_BT is None else real_BT > 0)
+            found: dict[str, Any] = self.head(x_BTD, table, None if real_BT is None else real_BT > 0)
             out |= found if "w_VD" not in found else {"logits": unembed(**found)} if logits else {"head": found}
         return out
+
+    def _given(self, **inputs):
+        """The one input that the embedding takes. Raises ValueError where another was given, or none."""
+        given = {name: x for name, x in inputs.items() if x is not None}
+        if [*given] != [self.embed.takes]:
+            raise ValueError(f"this model takes {self.embed.takes}, not {', '.join(given) or 'nothing'}")
+        return given[self.embed.takes]
 
     def _run(self, x_BTD, cache, **options):
         """All groups in turn; what they return beside x, and the cache, have one leading axis of layers."""
         seen, unroll = [], 1 if self.is_initializing() else self.unroll  # fresh weights are drawn once: compiling costs more than copying
-        for (name, first, period, repeats), group in zip(self.places(), self.groups, strict=True):
+        for (name, first, period, repeats), group in zip(self.places()["blocks"], self.groups, strict=True):
             block = group.blocks[0] if period == 1 else Period(group)
             fold = lambda part, at=first, p=period, r=repeats: part[at : at + p * r].reshape(
                 (r, p, *part.shape[1:]) if p > 1 else (r, *part.shape[1:])
@@ -226,14 +260,15 @@ class Transformer(nn.Module):
             seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 
-    def places(self) -> list[tuple[str, int, int, int]]:
-        """Of each group: the name of its leaves, its first layer, its period, how often it repeats."""
+    def places(self) -> dict[str, list[tuple[str, int, int, int]]]:
+        """Where names.py finds the layers: of each group, the name of its leaves, its first layer, its period, how often it repeats."""
         starts = itertools.accumulate((group.layers for group in self.groups), initial=0)
         names = ["blocks"] if len(self.groups) == 1 else [f"blocks_{i}" for i in range(len(self.groups))]
-        return [(name, start, len(group.blocks), group.repeats) for name, start, group in zip(names, starts, self.groups, strict=False)]
+        groups = zip(names, starts, self.groups, strict=False)
+        return {"blocks": [(name, start, len(group.blocks), group.repeats) for name, start, group in groups]}
 
 
-def visibility(input_ids, attention_mask, segment_ids, *, cached: bool) -> dict[str, Any]:
+def visibility(x_BTD, attention_mask, segment_ids, *, cached: bool) -> dict[str, Any]:
     """Who sees whom: packed documents see themselves; everyone sees what `attention_mask` calls real (1), nobody its padding (0)."""
     if segment_ids is not None and attention_mask is not None:
         raise ValueError("give attention_mask (1 real, 0 padding) or segment_ids (documents packed into a row), not both")
@@ -242,7 +277,7 @@ def visibility(input_ids, attention_mask, segment_ids, *, cached: bool) -> dict[
     if attention_mask is None and not cached:
         return {"q_segments": None, "kv_segments": None}
     mask = None if attention_mask is None else attention_mask.astype(jnp.int32)
-    return {"q_segments": jnp.ones_like(input_ids), "kv_segments": mask}
+    return {"q_segments": jnp.ones(x_BTD.shape[:2], jnp.int32), "kv_segments": mask}
 
 
 def unembed(x_BTD: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
@@ -253,7 +288,12 @@ def unembed(x_BTD: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def empty_cache(module: Transformer, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+def cache_index(cache: Any) -> jax.Array:
+    """How many tokens each layer's cache holds: [L]."""
+    return cache.get("own", cache)["index"]
+
+
+def empty_cache(module: Transformer, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     """A key-value cache for `length` tokens in all, with the leading layer axis that `stack` slices."""
     attention = module.groups[0].blocks[0].attention
     kv = (sum(group.layers for group in module.groups), batch, length, attention.kv_heads or attention.heads, attention.head_dim)

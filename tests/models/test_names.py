@@ -49,7 +49,7 @@ def test_a_tensor_is_what_pytorch_multiplies_with():
 
 def test_layers_of_two_kinds_and_a_rest():
     """Seven layers: (a, b, c) twice and one more a. Each line serves its own layers."""
-    made = entries({"h.{l}.w": ("blocks/w", "F D -> D F")}, [("blocks_0", 0, 3, 2), ("blocks_1", 6, 1, 1)])
+    made = entries({"h.{l}.w": ("blocks/w", "F D -> D F")}, {"blocks": [("blocks_0", 0, 3, 2), ("blocks_1", 6, 1, 1)]})
     shapes = {leaf: (2, D, F) for leaf in ("blocks_0/0/w", "blocks_0/1/w", "blocks_0/2/w")} | {"blocks_1/w": (1, D, F)}
     served = {entry.leaves[0]: [name for name, _ in entry.names(shapes)] for entry in made}
     assert served == {
