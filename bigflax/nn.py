@@ -268,9 +268,9 @@ class Attention(nn.Module):
                 k_BSKH, v_BSKH, kv_segments = cache["k"], cache["v"], cache["segments"]
                 # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
                 places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
-        q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", None)
+        q_BTNH, k_BSKH, v_BSKH = constrain(q_BTNH, "batch", "seq", "heads", None), k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype)
         y_BTNH = ops.attention(
-            q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
+            q_BTNH, k_BSKH, v_BSKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
             scale=self.scale, softcap=self.softcap, bias=bias, **places,
         )  # fmt: skip
         y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
