@@ -12,6 +12,8 @@ Left out on purpose: pickled weights (`pytorch_model.bin` can run code; convert 
 import dataclasses
 import inspect
 import json
+import math
+import mmap
 import os
 import re
 import shutil
@@ -68,8 +70,8 @@ def load(
     home = models.family(family)
     config["head"] = _head_of(said, home) if head == "" else head
     files = open_tensors(folder)
-    stored = next(iter(files.values())).dtype if files else jnp.dtype("float32")
-    dtype = jnp.dtype(dtype or stored)
+    largest = max(files.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
+    dtype = jnp.dtype(dtype or jax.dtypes.canonicalize_dtype("float32" if largest is None else largest.dtype))
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
     model = dataclasses.replace(model, source=folder)
     where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
@@ -165,35 +167,41 @@ def _head_of(said: Mapping[str, Any], home: Any) -> str | None:
     return heads[wrote]
 
 
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of an open file: what slicing it reads is all that is read."""
+    """One tensor of a mapped file: what slicing it touches is all that is read."""
 
     name: str
-    part: Any
     file: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.part.get_shape())
+    kind: str  # as safetensors calls its type
+    shape: tuple[int, ...]
+    mapped: mmap.mmap  # the file
+    begin: int  # within the file
 
     @property
     def dtype(self) -> Any:
-        kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        if self.part.get_dtype() not in kinds:
-            raise ValueError(
-                f"{self.name} in {self.file!r} is stored as {self.part.get_dtype()}, which is not supported; {', '.join(kinds)} are"
-            )
-        return jnp.dtype(kinds[self.part.get_dtype()])
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.name} in {self.file!r} is stored as {self.kind}, which is not supported; {', '.join(KINDS)} are")
+        return jnp.dtype(KINDS[self.kind])
+
+    @property
+    def end(self) -> int:
+        return self.begin + math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self.part[index]
+        return np.frombuffer(self.mapped, self.dtype, math.prod(self.shape), self.begin).reshape(self.shape)[index]
+
+    def forget(self) -> None:
+        """Gives the pages that were read back to the system, which keeps them in its cache as long as it likes."""
+        first = self.begin - self.begin % mmap.PAGESIZE
+        self.mapped.madvise(mmap.MADV_DONTNEED, first, self.end - first)
 
 
 def open_tensors(folder: str) -> dict[str, Tensor]:
     """Every tensor of a folder's safetensors, by name, none of them read yet."""
-    from safetensors import SafetensorError, safe_open
-
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
         listed = _read_json(index, "weight_map")["weight_map"]
@@ -207,14 +215,30 @@ def open_tensors(folder: str) -> dict[str, Tensor]:
             pickled = any(entry.endswith((".bin", ".pt", ".msgpack", ".h5")) for entry in os.listdir(folder))
             hint = "; its weights are in another format, which transformers can load and save again as safetensors" if pickled else ""
             raise FileNotFoundError(f"{folder!r} has no {name}{hint}")
-        try:
-            opened = safe_open(path, "np")  # stays open as long as a slice of it does
-            found |= {key: Tensor(key, opened.get_slice(key), path) for key in opened.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path!r} is damaged or cut off: {error}") from None
+        found |= _map(path)
     if listed is not None and (absent := sorted(listed.keys() - found.keys())):
         raise ValueError(f"{index!r} names {absent[0]!r}, which {listed[absent[0]]} does not hold")
     return found
+
+
+def _map(path: str) -> dict[str, Tensor]:
+    """The tensors of one file. The library checks its header; its own slices are copies, which would take a second turn to lay out as ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path!r} is damaged or cut off: {error}") from None
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(name, path, said["dtype"], tuple(said["shape"]), mapped, 8 + size + said["data_offsets"][0])
+        for name, said in header.items()
+    }
 
 
 def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
@@ -259,7 +283,7 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
         if name in new:
             made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(dtype)
             return jax.jit(made, out_shardings=sharding)(jax.random.key(0))
-        read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, dtype)
+        read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, dtype, lambda tensor: files[tensor].forget())
         return jax.make_array_from_callback(shapes[name], sharding, read, dtype=dtype)
 
     return trees.map_named(leaf, where)

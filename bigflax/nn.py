@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from bigflax import ops, trees
@@ -62,6 +63,8 @@ def head_width(features: int, heads: int) -> int:
         raise ValueError(f"a width of {features} does not divide over {heads} heads; nearest is {near}")
     return features // heads
 
+
+KEY = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype)  # what a key looks like, made without a device
 
 # -- weights and the fence -------------------------------------------------------------------------------------------------
 
@@ -119,10 +122,11 @@ class Model:
     family: str = ""  # of models.create, with the config it was built from: what hub.save writes
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str | None = None  # the folder it was loaded from
+    shaped: Any = None
 
     def shapes(self) -> Any:
         """The tree of ShapeDtypeStructs that `init` would make."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(self.init, KEY) if self.shaped is None else self.shaped
 
     def summary(self) -> str:
         """The tree as a table: name, shape, dtype, axes, parameters, bytes."""
@@ -131,11 +135,12 @@ class Model:
 
 def model(module: nn.Module, **example: Any) -> Model:
     """Fences a Linen module in; `example` are its inputs as arrays or ShapeDtypeStructs of any small size."""
-    example = {name: jnp.zeros(x.shape, x.dtype) for name, x in example.items()}
+    example = {name: np.zeros(x.shape, x.dtype) for name, x in example.items()}
     # nn.init, not module.init: many of our modules have a field of that name, their initializer.
     boxed = lambda rng: nn.init(lambda module: module(**example), module)({"params": rng})["params"]
     is_named = lambda x: isinstance(x, _Named)
-    axes = jax.tree.map(lambda box: box.axes, jax.eval_shape(boxed, jax.random.key(0)), is_leaf=is_named)
+    named = jax.eval_shape(boxed, KEY)
+    axes, shaped = (jax.tree.map(lambda box, part=part: getattr(box, part), named, is_leaf=is_named) for part in ("axes", "value"))
 
     def init(rng: jax.Array) -> Any:
         return jax.tree.map(lambda box: box.value, boxed(rng), is_leaf=is_named)
@@ -143,7 +148,7 @@ def model(module: nn.Module, **example: Any) -> Model:
     def apply(params: Any, *, rng: jax.Array | None = None, **inputs: Any) -> dict[str, Any]:
         return module.apply({"params": params}, rngs=None if rng is None else {"dropout": rng}, **inputs)  # type: ignore[return-value]
 
-    return Model(init, apply, axes, module)
+    return Model(init, apply, axes, module, shaped=shaped)
 
 
 def stack(

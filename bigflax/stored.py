@@ -11,6 +11,7 @@ Left out on purpose: the arrays' own files and everything that runs in the backg
 """
 
 import errno
+import functools
 import importlib.metadata
 import json
 import platform
@@ -110,6 +111,7 @@ def reason(error: BaseException) -> tuple[int, str]:
     return errno.EIO, text[:200]
 
 
+@functools.cache  # reading them takes 80 ms, half of what a save would hold up
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result may depend on."""
 

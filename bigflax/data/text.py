@@ -65,6 +65,26 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def batch(self, texts: Sequence[str], *, length: int | None = None, left: bool = False) -> dict[str, np.ndarray]:
+        """{"input_ids", "attention_mask"}: int32 [B, T], a row a text, within the special tokens that its model expects ([CLS] ... [SEP]).
+
+        Texts are cut to `length` tokens, those included, and padded to the longest on the right, or on the `left` as `generate` wants prompts.
+        Raises ValueError where `length` leaves no room for a text.
+        """
+        room = None if length is None else length - self.inner.num_special_tokens_to_add(False)
+        if not texts or (room is not None and room < 1):
+            raise ValueError(f"{len(texts)} texts of at most {length} tokens, special ones included, make no batch")
+        rows = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        for row in rows if room is not None else ():
+            row.truncate(room)
+        ids = [self.inner.post_process(row).ids for row in rows]
+        T = max(map(len, ids))
+        pad = lambda row, value: [value] * (T - len(row)) + row if left else row + [value] * (T - len(row))
+        return {
+            "input_ids": np.array([pad(row, self.pad_id) for row in ids], np.int32).reshape(len(ids), T),
+            "attention_mask": np.array([pad([1] * len(row), 0) for row in ids], np.int32).reshape(len(ids), T),
+        }
+
     def encode_parts(self, text: str, size: int = 16_384) -> Iterator[np.ndarray]:
         """`encode` in parts of about `size` characters, end to end the same ids.
 

