@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from bigflax.data.text import Tokenizer as BigTokenizer
 from bigflax.data.text import byte_tokenizer, load_tokenizer, train_bpe
 
 CORPUS = [f"def f{i}(x):\n    return x + {i}  # naïve, 東京 {i}\n" * 3 for i in range(40)]
@@ -126,3 +127,28 @@ def test_errors_name_the_file(tmp_path):
 def test_fingerprint_is_a_sha256_of_what_decides():
     assert len(byte_tokenizer().fingerprint) == len(hashlib.sha256().hexdigest())
     assert byte_tokenizer().fingerprint == byte_tokenizer().fingerprint
+
+
+def test_a_batch_is_padded_and_cut(tokenizer):
+    long, short = tokenizer.encode("abcdefgh"), tokenizer.encode("ab")
+    rows = tokenizer.batch(["abcdefgh", "ab", ""])
+    T = len(long)
+    assert rows["input_ids"].shape == rows["attention_mask"].shape == (3, T) and rows["input_ids"].dtype == np.int32
+    assert rows["input_ids"][0].tolist() == long.tolist() and rows["input_ids"][1, : len(short)].tolist() == short.tolist()
+    assert (rows["input_ids"][1, len(short) :] == tokenizer.pad_id).all()
+    assert rows["attention_mask"].sum(1).tolist() == [T, len(short), 0]
+    left = tokenizer.batch(["abcdefgh", "ab"], length=2, left=True)
+    assert left["input_ids"][0].tolist() == long[:2].tolist() and left["attention_mask"][1].tolist()[-len(short) :] == [1] * len(short)
+    with pytest.raises(ValueError, match="1 texts of at most 0 tokens, special ones included, make no batch"):
+        tokenizer.batch(["a"], length=0)
+
+
+def test_a_batch_has_the_marks_that_its_model_expects():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4}, unk_token="b"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    inner.enable_truncation(3)  # as files made for sentence encoders have it
+    rows = BigTokenizer(inner).batch(["a b a b a", "a"], length=5)
+    assert rows["input_ids"].tolist() == [[1, 3, 4, 3, 2], [1, 3, 2, 0, 0]]  # the end survives the cut

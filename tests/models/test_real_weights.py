@@ -24,6 +24,7 @@ import pytest
 import bigflax
 from bigflax import data
 
+pytestmark = pytest.mark.slow
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 GOLDEN = Path(__file__).parent / "golden" / "minilm.npz"
 CLOSE = 1e-4  # of numbers of size one: float32 through six layers, summed in another order
@@ -105,7 +106,6 @@ def test_search_finds_what_a_person_would():
     assert ranks(ours()(texts))[:, 0].tolist() == [2, 3, 0, 1]
 
 
-@pytest.mark.slow
 def test_search_over_real_text_ranks_as_pytorch_does():
     texts = docstrings()
     want = pytorch(texts)
