@@ -348,3 +348,36 @@ class Mlp(nn.Module):
     def _up(self, x_BTD, name):
         h_BTF = ops.einsum("btd,df->btf", x_BTD, weight(self, name, (x_BTD.shape[-1], self.features), "embed -> mlp", self.init))
         return h_BTF + weight(self, f"{name}_bias", (self.features,), "mlp", zeros).astype(h_BTF.dtype) if self.bias else h_BTF
+
+
+class Moe(nn.Module):
+    """`experts` gated Mlps of width `features`, of which each token passes through the `choices` that a router chooses (ops/moe.py).
+
+    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of. A `shared` expert
+    takes every token, behind a sigmoid gate of its own.
+    """
+
+    experts: int
+    choices: int
+    features: int
+    act: str = "silu"
+    normalize: bool = True  # the chosen gates sum to one
+    shared: Mlp | None = None
+    implementation: str | None = None
+    init: Initializer = NORMAL
+    out_init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        D, E, F, act = x_BTD.shape[-1], self.experts, self.features, pick(ACTIVATIONS, self.act, "activation")
+        logits_BTE = Linear(E, "embed -> _", bias=False, init=self.init, name="router")(x_BTD)
+        probs_BTE, gates_BTC, chosen_BTC = ops.route(logits_BTE, self.choices, normalize=self.normalize)
+        axes = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
+        w = {name: weight(self, name, (E, D, F), text, self.init) for name, text in axes.items() if name != "down"}
+        w["down"] = weight(self, "down", (E, F, D), axes["down"], self.out_init)
+        expert = lambda x, w, product: product(act(product(x, w["gate"])) * product(x, w["up"]), w["down"])
+        y_BTD = ops.mixture(expert, x_BTD, gates_BTC, chosen_BTC, w, axes, implementation=self.implementation)
+        if self.shared is not None:
+            gate_BT1 = jax.nn.sigmoid(Linear(1, "embed -> _", bias=False, init=self.init, name="shared_gate")(x_BTD))
+            y_BTD += gate_BT1 * self.shared(x_BTD)
+        return y_BTD, ops.router_sums(probs_BTE, chosen_BTC, real_BT)

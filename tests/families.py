@@ -1,6 +1,8 @@
 """One tiny config a family, as transformers has it, and inputs for it: shared by the tests that compare with PyTorch and with stored outputs."""
 
+import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +23,7 @@ OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, output_router_logits=True)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
@@ -42,13 +45,16 @@ FAMILIES = {
         DECODER, **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
     ),
     "mistral": dict(DECODER, sliding_window=4),
+    "mixtral": dict(DECODER, num_local_experts=4, sliding_window=4, output_router_logits=True),
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
     ),
     "phi3": dict(DECODER, hidden_size=32, sliding_window=5, **rope(partial_rotary_factor=0.5)),
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2_moe": dict(DECODER, **EXPERTS, shared_expert_intermediate_size=28, use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "qwen3": dict(DECODER, head_dim=8),
+    "qwen3_moe": dict(DECODER, **EXPERTS, head_dim=8, norm_topk_prob=True),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
@@ -56,29 +62,25 @@ LABELS = 5
 
 
 def torch_model(family, head):
-    """A model of transformers in evaluation mode, every weight drawn by its name (a bias that is forgotten must be missed)."""
-    import torch
+    """A model of transformers in evaluation mode, every weight drawn by its name in the file (a bias that is forgotten must be missed)."""
     import transformers
+    from safetensors.numpy import save_file
 
     from bigflax import models
 
     labels = 2 if head == "question_answering" else LABELS  # start and end
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
     config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
-    model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
-    return model
+    kind = getattr(transformers, models.family(family).HEADS[head][0])
+    with tempfile.TemporaryDirectory() as folder:
+        kind(config).save_pretrained(folder)
+        for file in Path(folder).glob("*.safetensors"):
+            save_file({name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}, file, metadata={"format": "pt"})
+        return kind.from_pretrained(folder).eval()
 
 
 def drawn(name, shape):
     """float32 numbers that are a function of a tensor's name: around one for the scales of norms, around zero for all else."""
-    for module, file in {
-        "embed_out": "lm_head",
-        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-    }.items():  # other names than in files
-        name = name.replace(module, file)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     is_scale = len(shape) == 1 and name.endswith("weight")
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
@@ -140,8 +142,6 @@ def labels_for(out):
 
 def load_tensors(folder):
     """Every tensor of a folder's safetensors."""
-    from pathlib import Path
-
     from safetensors.numpy import load_file
 
     return {name: w for file in sorted(Path(folder).glob("*.safetensors")) for name, w in load_file(file).items()}
