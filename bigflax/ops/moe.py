@@ -102,6 +102,8 @@ def _ragged(expert, x_BTD, gates_BTC, chosen_BTC, params, axes):
 
     def local(x_BTD, gates_BTC, chosen_BTC, params):
         first = jax.lax.axis_index(inner["experts"]) * shape(next(iter(params.values())))[0] if inner["experts"] else 0
+        # Said aloud, for a gather whose indices vary over an axis where its operand does not loses the sum over it on the way back.
+        x_BTD = jax.lax.pcast(x_BTD, inner["experts"], to="varying") if inner["experts"] else x_BTD
         return jax.lax.psum(_sorted(expert, x_BTD, gates_BTC, chosen_BTC, params, first), (*inner["experts"], *inner["mlp"]))
 
     spread = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, where), out_specs=rows)
