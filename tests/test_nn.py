@@ -139,6 +139,42 @@ def test_part(module, by_hand):
     assert np.abs(np.asarray(narrow, np.float32) - want).max() < 0.05 * np.abs(want).max()  # some roundings of 2^-8
 
 
+MOES = {
+    "normalized": nn.Moe(3, 2, 12),
+    "as likely as they are": nn.Moe(3, 2, 12, "tanh", normalize=False),
+    "beside a shared one": nn.Moe(3, 1, 12, shared=nn.Mlp(10, "tanh", gated=True)),
+}
+
+
+@pytest.mark.parametrize("module", MOES.values(), ids=MOES)
+@pytest.mark.parametrize("implementation", ["reference", "ragged"])
+def test_mixture(module, implementation):
+    """One token at a time; the sums that balance are taken over the real ones."""
+    params, apply = made(module.clone(implementation=implementation), jnp.asarray(X))
+    p, act = jax.device_get(params), np.tanh if module.act == "tanh" else lambda x: x * SIGMOID(x)
+    probs = np.exp(X @ p["router"]["w"]) / np.exp(X @ p["router"]["w"]).sum(-1, keepdims=True)
+    want, times = np.zeros(X.shape), np.zeros((B, T, module.experts))
+    for b, t in np.ndindex(B, T):
+        best = np.argsort(-probs[b, t])[: module.choices]
+        whole = probs[b, t, best].sum() if module.normalize else 1
+        times[b, t, best] = 1
+        for e in best:
+            h = act(X[b, t] @ p["gate"][e]) * (X[b, t] @ p["up"][e])
+            want[b, t] += probs[b, t, e] / whole * (h @ p["down"][e])
+    if module.shared is not None:
+        h = np.tanh(X @ p["shared"]["gate"]) * (X @ p["shared"]["up"])
+        want += SIGMOID(X @ p["shared_gate"]["w"]) * (h @ p["shared"]["down"])
+    real = np.array([[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]], bool)
+    y, sums = apply(X, real)
+    np.testing.assert_allclose(y, want, **CLOSE)
+    np.testing.assert_allclose(sums["chosen"], times[real].sum(0))
+    np.testing.assert_allclose(sums["probs"], probs[real].sum(0), rtol=1e-5)
+    assert float(sums["tokens"]) == real.sum()
+    assert float(apply(X)[1]["tokens"]) == B * T
+    narrow, _ = apply(X.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+
+
 # act -> its values at -1 and 2, from tables of the normal distribution and of tanh
 ACTIVATIONS = {
     "gelu": (-0.158655, 1.954500),

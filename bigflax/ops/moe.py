@@ -135,4 +135,3 @@ def _arrays(w: Weight, dtype: Any) -> Any:
     if isinstance(w, LoRA):
         return dataclasses.replace(w, base=_arrays(w.base, dtype))
     return dense(w).astype(dtype)
-

@@ -62,7 +62,14 @@ def build(
         )  # fmt: skip
         shared = Mlp(shared_expert_intermediate_size, hidden_act, gated=True, init=init, out_init=init)
         moe = Moe(
-            num_experts, num_experts_per_tok, moe_intermediate_size, hidden_act, normalize=norm_topk_prob, shared=shared, init=init, out_init=init
+            num_experts,
+            num_experts_per_tok,
+            moe_intermediate_size,
+            hidden_act,
+            normalize=norm_topk_prob,
+            shared=shared,
+            init=init,
+            out_init=init,
         )
         return Block(attention, moe, norm())
 
