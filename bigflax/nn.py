@@ -101,7 +101,8 @@ class _Named(meta.AxisMetadata):
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = NORMAL) -> Any:
     """One float32 weight of `module` and the names of its axes (weights.py explains the string). What is already there passes untouched."""
     if module.has_variable("params", name):  # `param` would check the shape, and refuse a typed weight
-        return module.get_variable("params", name)
+        there = module.get_variable("params", name)
+        return there.value if isinstance(there, _Named) else there  # a stack of tied layers looks again while it is being made
     return module.param(name, lambda rng: _Named(init(rng, shape, jnp.float32), axes))
 
 
@@ -147,12 +148,13 @@ def model(module: nn.Module, **example: Any) -> Model:
 
 
 def stack(
-    block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, **shared: Any
+    block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, tied: bool = False,
+    **shared: Any,
 ) -> tuple[jax.Array, Any]:
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
 
     `each` is a tree with a leading layer axis, of which each layer gets its slice (a cache); `shared` reaches all of them. The block's
-    weights gain a leading "layers" axis. Compile time does not grow with the number of layers.
+    weights gain a leading "layers" axis, unless all copies are `tied` to one set of them. Compile time does not grow with the number of layers.
     """
 
     def body(block, x, each):
@@ -162,8 +164,8 @@ def stack(
     if policy is not None:
         body = nn.remat(body, prevent_cse=False, policy=policy)
     scan = nn.scan(
-        body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-        length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
+        body, variable_axes={} if tied else {"params": 0}, variable_broadcast="params" if tied else False,
+        split_rngs={"params": not tied, "dropout": True}, length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
     return scan(block, x, each)
 

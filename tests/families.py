@@ -27,6 +27,7 @@ EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, o
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
+    "albert": dict(COMMON, embedding_size=12),
     "bert": COMMON,
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
@@ -107,7 +108,7 @@ def _tokens(family, kind, rng):
     given = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
     if kind == "padded left":
         given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
-    if family in ("bert", "electra", "roberta"):
+    if family in ("albert", "bert", "electra", "roberta"):
         given["token_type_ids"] = rng.integers(0, 2, ids.shape)
     return given, [real]
 

@@ -232,20 +232,21 @@ class Layer(linen.Module):
 class Stack(linen.Module):
     remat: str = "none"
     unroll: int | bool = 1
+    tied: bool = False
 
     @linen.compact
     def __call__(self, x, each=None):
-        return nn.stack(Layer(name="layer"), L, x, each, remat=self.remat, unroll=self.unroll, shared=0.7)
+        return nn.stack(Layer(name="layer"), L, x, each, remat=self.remat, unroll=self.unroll, tied=self.tied, shared=0.7)
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True}, {"tied": True, "remat": "full"}], ids=str)
 def test_stack_is_a_loop_over_its_layers(options):
     params, apply = made(Stack(**options), X)
-    assert params["layer"]["w"].shape == (L, D, D)
+    assert params["layer"]["w"].shape == ((D, D) if options.get("tied") else (L, D, D))
     each = np.random.default_rng(2).normal(size=(L, D)).astype(np.float32)
     y, seen = apply(X, each)
     x, want = X, []
-    for w, e in zip(np.asarray(params["layer"]["w"]), each, strict=True):
+    for w, e in zip(np.broadcast_to(params["layer"]["w"], (L, D, D)), each, strict=True):
         x = np.tanh(x @ w) * 0.7 + e
         want.append(x.sum())
     np.testing.assert_allclose(y, x, **CLOSE)
@@ -270,6 +271,7 @@ def test_the_fence():
     assert [(name, s.shape) for name, s in trees.named_leaves(shapes)] == [("layer/w", (L, D, D))]
     assert type(shapes) is dict
     assert "layers | embed -> mlp" in model.summary()
+    assert nn.model(Stack(tied=True), x=jax.ShapeDtypeStruct((1, 1, D), X.dtype)).axes == {"layer": {"w": "embed -> mlp"}}
     assert hash(model) == hash(model)  # static to jit: by identity
     assert model != dataclasses.replace(model)
 

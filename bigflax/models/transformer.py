@@ -154,6 +154,7 @@ class Group:
 
     blocks: tuple[Block, ...]
     repeats: int
+    tied: bool = False  # one set of weights for all repeats (ALBERT)
 
     @property
     def layers(self) -> int:
@@ -260,7 +261,8 @@ class Transformer(nn.Module):
                 (r, p, *part.shape[1:]) if p > 1 else (r, *part.shape[1:])
             )
             mine = cache if cache is None or len(self.groups) == period == 1 else jax.tree.map(fold, cache)
-            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, remat=self.remat, unroll=unroll, **options)
+            options |= dict(remat=self.remat, unroll=unroll, tied=group.tied)
+            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, **options)
             seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 
