@@ -25,6 +25,7 @@ COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, interm
 DECODER = dict(**COMMON, num_key_value_heads=2)
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, output_router_logits=True)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
+MODERN_ROPE = dict(rope_parameters={f"{kind}_attention": dict(rope_type="default", rope_theta=t) for kind, t in (("full", 500.0), ("sliding", 50.0))})
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "albert": dict(COMMON, embedding_size=12),
@@ -47,6 +48,7 @@ FAMILIES = {
     ),
     "mistral": dict(DECODER, sliding_window=4),
     "mixtral": dict(DECODER, num_local_experts=4, sliding_window=4, output_router_logits=True),
+    "modernbert": dict(COMMON, num_hidden_layers=5, local_attention=7, **MODERN_ROPE),
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,

@@ -103,6 +103,7 @@ class Block(nn.Module):
     norm: Norm
     order: str = "pre"
     cross: Attention | None = None
+    without: tuple[str, ...] = ()  # norms that it does not have: "norm1" of ModernBERT's first layer, behind the embedding's own
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, keep=False, memory=None, memory_segments=None, **where):
@@ -125,7 +126,7 @@ class Block(nn.Module):
             y_BTD, seen["router"] = self.mlp(x_BTD, None if real is None else real > 0)
             return y_BTD
 
-        norm = lambda name, x_BTD: self.norm.clone(parent=self, name=name)(x_BTD)
+        norm = lambda name, x_BTD: x_BTD if name in self.without else self.norm.clone(parent=self, name=name)(x_BTD)
         parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
         if self.order == "parallel":
             x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
