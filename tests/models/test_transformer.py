@@ -65,6 +65,21 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("llama", "llama2-13b"): 13_015_864_320,
     ("llama", "llama3-8b"): 8_030_261_248,
     ("llama", "llama3-70b"): 70_553_706_496,
+    ("llama", "llama3.2-1b"): 1_235_814_400,
+    ("llama", "llama3.2-3b"): 3_212_749_824,
+    ("llama", "tinyllama-1.1b"): 1_100_048_384,
+    ("llama", "smollm-135m"): 134_515_008,
+    ("llama", "smollm-360m"): 361_821_120,
+    ("llama", "smollm-1.7b"): 1_711_376_384,
+    ("llama", "smollm2-135m"): 134_515_008,
+    ("llama", "smollm2-360m"): 361_821_120,
+    ("llama", "smollm2-1.7b"): 1_711_376_384,
+    ("albert", "base"): 11_221_680,  # with the masked-LM head, tied, as are the next
+    ("albert", "large"): 16_795_824,
+    ("albert", "xlarge"): 54_821_040,
+    ("albert", "xxlarge"): 206_368_944,
+    ("modernbert", "base"): 149_655_232,
+    ("modernbert", "large"): 395_881_664,
     ("distilbert", "base"): 66_985_530,  # with the masked-LM head, tied
     ("electra", "small"): 13_549_057,  # with the discriminator's head
     ("electra", "base"): 109_483_009,
