@@ -148,7 +148,14 @@ def model(module: nn.Module, **example: Any) -> Model:
 
 
 def stack(
-    block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, tied: bool = False,
+    block: nn.Module,
+    layers: int,
+    x: jax.Array,
+    each: Any = None,
+    *,
+    remat: str = "none",
+    unroll: int | bool = 1,
+    tied: bool = False,
     **shared: Any,
 ) -> tuple[jax.Array, Any]:
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.

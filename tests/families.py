@@ -25,7 +25,9 @@ COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, interm
 DECODER = dict(**COMMON, num_key_value_heads=2)
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, output_router_logits=True)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
-MODERN_ROPE = dict(rope_parameters={f"{kind}_attention": dict(rope_type="default", rope_theta=t) for kind, t in (("full", 500.0), ("sliding", 50.0))})
+MODERN_ROPE = dict(
+    rope_parameters={f"{kind}_attention": dict(rope_type="default", rope_theta=t) for kind, t in (("full", 500.0), ("sliding", 50.0))}
+)
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "albert": dict(COMMON, embedding_size=12),
@@ -61,19 +63,34 @@ FAMILIES = {
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
+# "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written
+_BIASES = dict(norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True)
+VARIANTS = {
+    "llama, linear": ("causal_lm", dict(DECODER, **rope(rope_type="linear", factor=4.0))),
+    "llama, dynamic": ("causal_lm", dict(DECODER, **rope(rope_type="dynamic", factor=4.0))),
+    "llama, yarn": ("causal_lm", dict(DECODER, **rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=8))),
+    "llama, biases": ("causal_lm", dict(DECODER, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "modernbert, biases and the mean": ("sequence_classification", dict(FAMILIES["modernbert"], **_BIASES, classifier_pooling="mean")),
+    "modernbert, biases": ("masked_lm", dict(FAMILIES["modernbert"], **_BIASES)),
+    "qwen2_moe, normalized": (
+        "causal_lm",
+        dict(DECODER, **EXPERTS, shared_expert_intermediate_size=28, norm_topk_prob=True, qkv_bias=False),
+    ),
+}
 LABELS = 5
 
 
-def torch_model(family, head):
+def torch_model(name, head):
     """A model of transformers in evaluation mode, every weight drawn by its name in the file (a bias that is forgotten must be missed)."""
     import transformers
     from safetensors.numpy import save_file
 
     from bigflax import models
 
+    family, fields = name.partition(",")[0], VARIANTS[name][1] if name in VARIANTS else FAMILIES[name]
     labels = 2 if head == "question_answering" else LABELS  # start and end
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
-    config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
+    config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **fields})
     kind = getattr(transformers, models.family(family).HEADS[head][0])
     with tempfile.TemporaryDirectory() as folder:
         kind(config).save_pretrained(folder)

@@ -373,6 +373,8 @@ MISTAKES = {
     "list of layers": (dict(name="gemma2", size="tiny", layer_types=["full_attention"] * 3), "lists 3 layers, but the model has 2"),
     "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
     "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
+    "pooling": (dict(name="modernbert", size="tiny", classifier_pooling="max"), "unknown classifier_pooling 'max'; there are 'mean'"),
+    "experts": (dict(name="mixtral", size="tiny", num_experts_per_tok=5), "5 experts a token cannot be chosen from 4"),
     "kv heads": (dict(name="llama", size="tiny", num_key_value_heads=3), "4 query heads do not divide over 3 kv heads"),
 }
 
