@@ -104,7 +104,8 @@ class _Named(meta.AxisMetadata):
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = NORMAL) -> Any:
     """One float32 weight of `module` and the names of its axes (weights.py explains the string). What is already there passes untouched."""
     if module.has_variable("params", name):  # `param` would check the shape, and refuse a typed weight
-        return module.get_variable("params", name)
+        there = module.get_variable("params", name)
+        return there.value if isinstance(there, _Named) else there  # a stack of tied layers looks again while it is being made
     return module.param(name, lambda rng: _Named(init(rng, shape, jnp.float32), axes))
 
 
@@ -152,12 +153,20 @@ def model(module: nn.Module, **example: Any) -> Model:
 
 
 def stack(
-    block: nn.Module, layers: int, x: jax.Array, each: Any = None, *, remat: str = "none", unroll: int | bool = 1, **shared: Any
+    block: nn.Module,
+    layers: int,
+    x: jax.Array,
+    each: Any = None,
+    *,
+    remat: str = "none",
+    unroll: int | bool = 1,
+    tied: bool = False,
+    **shared: Any,
 ) -> tuple[jax.Array, Any]:
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
 
     `each` is a tree with a leading layer axis, of which each layer gets its slice (a cache); `shared` reaches all of them. The block's
-    weights gain a leading "layers" axis. Compile time does not grow with the number of layers.
+    weights gain a leading "layers" axis, unless all copies are `tied` to one set of them. Compile time does not grow with the number of layers.
     """
 
     def body(block, x, each):
@@ -167,8 +176,8 @@ def stack(
     if policy is not None:
         body = nn.remat(body, prevent_cse=False, policy=policy)
     scan = nn.scan(
-        body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-        length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
+        body, variable_axes={} if tied else {"params": 0}, variable_broadcast="params" if tied else False,
+        split_rngs={"params": not tied, "dropout": True}, length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
     return scan(block, x, each)
 
@@ -353,3 +362,36 @@ class Mlp(nn.Module):
     def _up(self, x_BTD, name):
         h_BTF = ops.einsum("btd,df->btf", x_BTD, weight(self, name, (x_BTD.shape[-1], self.features), "embed -> mlp", self.init))
         return h_BTF + weight(self, f"{name}_bias", (self.features,), "mlp", zeros).astype(h_BTF.dtype) if self.bias else h_BTF
+
+
+class Moe(nn.Module):
+    """`experts` gated Mlps of width `features`, of which each token passes through the `choices` that a router chooses (ops/moe.py).
+
+    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of. A `shared` expert
+    takes every token, behind a sigmoid gate of its own.
+    """
+
+    experts: int
+    choices: int
+    features: int
+    act: str = "silu"
+    normalize: bool = True  # the chosen gates sum to one
+    shared: Mlp | None = None
+    implementation: str | None = None
+    init: Initializer = NORMAL
+    out_init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        D, E, F, act = x_BTD.shape[-1], self.experts, self.features, pick(ACTIVATIONS, self.act, "activation")
+        logits_BTE = Linear(E, "embed -> _", bias=False, init=self.init, name="router")(x_BTD)
+        probs_BTE, gates_BTC, chosen_BTC = ops.route(logits_BTE, self.choices, normalize=self.normalize)
+        axes = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
+        w = {name: weight(self, name, (E, D, F), text, self.init) for name, text in axes.items() if name != "down"}
+        w["down"] = weight(self, "down", (E, F, D), axes["down"], self.out_init)
+        expert = lambda x, w, product: product(act(product(x, w["gate"])) * product(x, w["up"]), w["down"])
+        y_BTD = ops.mixture(expert, x_BTD, gates_BTC, chosen_BTC, w, axes, implementation=self.implementation)
+        if self.shared is not None:
+            gate_BT1 = jax.nn.sigmoid(Linear(1, "embed -> _", bias=False, init=self.init, name="shared_gate")(x_BTD))
+            y_BTD += gate_BT1 * self.shared(x_BTD)
+        return y_BTD, ops.router_sums(probs_BTE, chosen_BTC, real_BT)

@@ -23,8 +23,10 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     """Cross-entropy over the tokens with a label: the loss of causal and of masked language models alike, whose batches differ.
 
     Metrics: `accuracy`, and with `token_bytes` (bytes of text that each token id stands for) `bits_per_byte`. `chunk` and `z_loss` are
-    those of `ops.linear_cross_entropy`.
+    those of `ops.linear_cross_entropy`. A model of mixtures adds its config's `router_aux_loss_coef` times `aux_loss`, which is a metric too: each
+    batch's own, so that it is balanced in every piece of an accumulated one.
     """
+    coefficient = model.config.get("router_aux_loss_coef", 0.0)
 
     def loss_fn(params, batch, rng=None):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -37,6 +39,9 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
         count = jnp.sum(labels_BT != IGNORED)
         loss = Mean(jnp.sum(losses_BT), count)
         metrics = {"accuracy": Mean(jnp.sum(correct_BT & (labels_BT != IGNORED)), count)}
+        if "aux_loss" in out:
+            metrics["aux_loss"] = Mean(out["aux_loss"] * count, count)
+            loss = Mean(loss.total + coefficient * out["aux_loss"] * count, count)
         if token_bytes is not None:
             sizes = jnp.where(labels_BT == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(labels_BT, 0)])
             metrics["bits_per_byte"] = Mean(jnp.sum(losses_BT) / jnp.log(2.0), jnp.sum(sizes))

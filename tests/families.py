@@ -1,6 +1,8 @@
 """One tiny config a family, as transformers has it, and inputs for it: shared by the tests that compare with PyTorch and with stored outputs."""
 
+import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -21,9 +23,14 @@ OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, output_router_logits=True)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
+MODERN_ROPE = dict(
+    rope_parameters={f"{kind}_attention": dict(rope_type="default", rope_theta=t) for kind, t in (("full", 500.0), ("sliding", 50.0))}
+)
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
+    "albert": dict(COMMON, embedding_size=12),
     "bert": COMMON,
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
@@ -42,43 +49,58 @@ FAMILIES = {
         DECODER, **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
     ),
     "mistral": dict(DECODER, sliding_window=4),
+    "mixtral": dict(DECODER, num_local_experts=4, sliding_window=4, output_router_logits=True),
+    "modernbert": dict(COMMON, num_hidden_layers=5, local_attention=7, **MODERN_ROPE),
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
     ),
     "phi3": dict(DECODER, hidden_size=32, sliding_window=5, **rope(partial_rotary_factor=0.5)),
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen2_moe": dict(DECODER, **EXPERTS, shared_expert_intermediate_size=28, use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "qwen3": dict(DECODER, head_dim=8),
+    "qwen3_moe": dict(DECODER, **EXPERTS, head_dim=8, norm_topk_prob=True),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
+# "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written
+_BIASES = dict(norm_bias=True, attention_bias=True, mlp_bias=True, classifier_bias=True)
+VARIANTS = {
+    "llama, linear": ("causal_lm", dict(DECODER, **rope(rope_type="linear", factor=4.0))),
+    "llama, dynamic": ("causal_lm", dict(DECODER, **rope(rope_type="dynamic", factor=4.0))),
+    "llama, yarn": ("causal_lm", dict(DECODER, **rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=8))),
+    "llama, biases": ("causal_lm", dict(DECODER, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "modernbert, biases and the mean": ("sequence_classification", dict(FAMILIES["modernbert"], **_BIASES, classifier_pooling="mean")),
+    "modernbert, biases": ("masked_lm", dict(FAMILIES["modernbert"], **_BIASES)),
+    "qwen2_moe, normalized": (
+        "causal_lm",
+        dict(DECODER, **EXPERTS, shared_expert_intermediate_size=28, norm_topk_prob=True, qkv_bias=False),
+    ),
+}
 LABELS = 5
 
 
-def torch_model(family, head):
-    """A model of transformers in evaluation mode, every weight drawn by its name (a bias that is forgotten must be missed)."""
-    import torch
+def torch_model(name, head):
+    """A model of transformers in evaluation mode, every weight drawn by its name in the file (a bias that is forgotten must be missed)."""
     import transformers
+    from safetensors.numpy import save_file
 
     from bigflax import models
 
+    family, fields = name.partition(",")[0], VARIANTS[name][1] if name in VARIANTS else FAMILIES[name]
     labels = 2 if head == "question_answering" else LABELS  # start and end
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
-    config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
-    model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
-    return model
+    config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **fields})
+    kind = getattr(transformers, models.family(family).HEADS[head][0])
+    with tempfile.TemporaryDirectory() as folder:
+        kind(config).save_pretrained(folder)
+        for file in Path(folder).glob("*.safetensors"):
+            save_file({name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}, file, metadata={"format": "pt"})
+        return kind.from_pretrained(folder).eval()
 
 
 def drawn(name, shape):
     """float32 numbers that are a function of a tensor's name: around one for the scales of norms, around zero for all else."""
-    for module, file in {
-        "embed_out": "lm_head",
-        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-    }.items():  # other names than in files
-        name = name.replace(module, file)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     is_scale = len(shape) == 1 and name.endswith("weight")
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
@@ -105,7 +127,7 @@ def _tokens(family, kind, rng):
     given = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
     if kind == "padded left":
         given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
-    if family in ("bert", "electra", "roberta"):
+    if family in ("albert", "bert", "electra", "roberta"):
         given["token_type_ids"] = rng.integers(0, 2, ids.shape)
     return given, [real]
 
@@ -140,8 +162,6 @@ def labels_for(out):
 
 def load_tensors(folder):
     """Every tensor of a folder's safetensors."""
-    from pathlib import Path
-
     from safetensors.numpy import load_file
 
     return {name: w for file in sorted(Path(folder).glob("*.safetensors")) for name, w in load_file(file).items()}

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from bigflax import sharding
+from bigflax import nn, sharding
 from bigflax.flops import count_flops
 
 B, T, D, F, N, H, L = 2, 6, 16, 32, 4, 4, 5
@@ -74,6 +74,18 @@ def test_count_equals_xla_without_loops(name):
     fn, shapes, _ = CASES[name]
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     assert count_flops(fn, *args) == jax.jit(fn).lower(*args).cost_analysis()["flops"]
+
+
+def test_a_mixture_counts_the_experts_that_a_token_meets():
+    """Two of eight: four products of a token's own experts, forward, and the router; twice more on the way back. Not the other six."""
+    E, C = 8, 2
+    module = nn.Moe(E, C, F, implementation="ragged")
+    model = nn.model(module, x_BTD=jax.ShapeDtypeStruct((B, T, D), jnp.float32))
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
+    run = lambda params, x: module.apply({"params": params}, x)[0].sum()
+    experts, rest = 3 * 2 * B * T * C * D * F, 2 * B * T * (D * E + C * D)  # the router, and the sum by gates
+    assert count_flops(run, model.shapes(), x) == experts + rest
+    assert count_flops(jax.grad(run, (0, 1)), model.shapes(), x) >= 3 * experts
 
 
 def test_while_needs_its_turns():

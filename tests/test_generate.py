@@ -14,6 +14,7 @@ LOCAL = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "gpt2": ("gpt2", dict(n_embd=32, n_positions=24)),
     "llama with grouped queries": ("llama", dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)),
+    "mixtral": ("mixtral", dict(hidden_size=32, intermediate_size=24)),
     "qwen2 with windows and a rest": (
         "qwen2", dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=3, layer_types=[*LOCAL, *LOCAL, LOCAL[0]]),
     ),

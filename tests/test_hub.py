@@ -14,7 +14,7 @@ from families import load_tensors
 from safetensors.numpy import load_file, save_file
 
 import bigflax
-from bigflax import data, models, weights
+from bigflax import data, hub, models, weights
 from bigflax.sharding import make_mesh
 
 TINY = {"gpt2": dict(vocab_size=40, n_embd=32), "llama": dict(vocab_size=40, hidden_size=32), "bert": dict(vocab_size=40, hidden_size=32)}
@@ -166,6 +166,21 @@ def test_broken_folders(how, want, folder):
     how(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=want):
         bigflax.load(str(folder))
+
+
+REFUSED = {  # family -> a field, and a value of it that is another function
+    "albert": [("num_hidden_groups", 2), ("inner_group_num", 2), ("is_decoder", True)],
+    "mixtral": [("router_jitter_noise", 0.1)],
+    "modernbert": [("decoder_bias", False), ("mlp_dropout", 0.1), ("tie_word_embeddings", False), ("rope_scaling", {"factor": 2.0})],
+    "qwen2_moe": [("decoder_sparse_step", 2), ("mlp_only_layers", [0])],
+    "qwen3_moe": [("decoder_sparse_step", 2), ("mlp_only_layers", [0])],
+}
+
+
+@pytest.mark.parametrize("family, field, value", [(family, *row) for family, rows in REFUSED.items() for row in rows], ids=str)
+def test_values_that_a_family_does_not_compute(family, field, value):
+    with pytest.raises(ValueError, match=f"says {field} = .*, and {family} is supported with .* only"):
+        hub.understand({"model_type": family, field: value}, "folder")
 
 
 def test_broken_index(tmp_path):

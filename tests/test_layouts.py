@@ -28,6 +28,7 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "llama tied, full remat": ("llama", {"tie_word_embeddings": True, "remat": "full"}, ALL, True, None),
     "bert, a head in chunks": ("bert", {}, ALL, False, 256),
     "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 256),
+    "mixtral, experts apart": ("mixtral", {}, {"fsdp": 2, "expert": 2, "tensor": 2}, True, None),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
 }
 TOGETHER = 8  # cases a process: starting one takes as long as compiling two of them

@@ -139,6 +139,42 @@ def test_part(module, by_hand):
     assert np.abs(np.asarray(narrow, np.float32) - want).max() < 0.05 * np.abs(want).max()  # some roundings of 2^-8
 
 
+MOES = {
+    "normalized": nn.Moe(3, 2, 12),
+    "as likely as they are": nn.Moe(3, 2, 12, "tanh", normalize=False),
+    "beside a shared one": nn.Moe(3, 1, 12, shared=nn.Mlp(10, "tanh", gated=True)),
+}
+
+
+@pytest.mark.parametrize("module", MOES.values(), ids=MOES)
+@pytest.mark.parametrize("implementation", ["reference", "ragged"])
+def test_mixture(module, implementation):
+    """One token at a time; the sums that balance are taken over the real ones."""
+    params, apply = made(module.clone(implementation=implementation), jnp.asarray(X))
+    p, act = jax.device_get(params), np.tanh if module.act == "tanh" else lambda x: x * SIGMOID(x)
+    probs = np.exp(X @ p["router"]["w"]) / np.exp(X @ p["router"]["w"]).sum(-1, keepdims=True)
+    want, times = np.zeros(X.shape), np.zeros((B, T, module.experts))
+    for b, t in np.ndindex(B, T):
+        best = np.argsort(-probs[b, t])[: module.choices]
+        whole = probs[b, t, best].sum() if module.normalize else 1
+        times[b, t, best] = 1
+        for e in best:
+            h = act(X[b, t] @ p["gate"][e]) * (X[b, t] @ p["up"][e])
+            want[b, t] += probs[b, t, e] / whole * (h @ p["down"][e])
+    if module.shared is not None:
+        h = np.tanh(X @ p["shared"]["gate"]) * (X @ p["shared"]["up"])
+        want += SIGMOID(X @ p["shared_gate"]["w"]) * (h @ p["shared"]["down"])
+    real = np.array([[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]], bool)
+    y, sums = apply(X, real)
+    np.testing.assert_allclose(y, want, **CLOSE)
+    np.testing.assert_allclose(sums["chosen"], times[real].sum(0))
+    np.testing.assert_allclose(sums["probs"], probs[real].sum(0), rtol=1e-5)
+    assert float(sums["tokens"]) == real.sum()
+    assert float(apply(X)[1]["tokens"]) == B * T
+    narrow, _ = apply(X.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+
+
 # act -> its values at -1 and 2, from tables of the normal distribution and of tanh
 ACTIVATIONS = {
     "gelu": (-0.158655, 1.954500),
@@ -196,20 +232,21 @@ class Layer(linen.Module):
 class Stack(linen.Module):
     remat: str = "none"
     unroll: int | bool = 1
+    tied: bool = False
 
     @linen.compact
     def __call__(self, x, each=None):
-        return nn.stack(Layer(name="layer"), L, x, each, remat=self.remat, unroll=self.unroll, shared=0.7)
+        return nn.stack(Layer(name="layer"), L, x, each, remat=self.remat, unroll=self.unroll, tied=self.tied, shared=0.7)
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"remat": "dots"}, {"remat": "full"}, {"unroll": True}, {"tied": True, "remat": "full"}], ids=str)
 def test_stack_is_a_loop_over_its_layers(options):
     params, apply = made(Stack(**options), X)
-    assert params["layer"]["w"].shape == (L, D, D)
+    assert params["layer"]["w"].shape == ((D, D) if options.get("tied") else (L, D, D))
     each = np.random.default_rng(2).normal(size=(L, D)).astype(np.float32)
     y, seen = apply(X, each)
     x, want = X, []
-    for w, e in zip(np.asarray(params["layer"]["w"]), each, strict=True):
+    for w, e in zip(np.broadcast_to(params["layer"]["w"], (L, D, D)), each, strict=True):
         x = np.tanh(x @ w) * 0.7 + e
         want.append(x.sum())
     np.testing.assert_allclose(y, x, **CLOSE)
@@ -234,6 +271,7 @@ def test_the_fence():
     assert [(name, s.shape) for name, s in trees.named_leaves(shapes)] == [("layer/w", (L, D, D))]
     assert type(shapes) is dict
     assert "layers | embed -> mlp" in model.summary()
+    assert nn.model(Stack(tied=True), x=jax.ShapeDtypeStruct((1, 1, D), X.dtype)).axes == {"layer": {"w": "embed -> mlp"}}
     assert hash(model) == hash(model)  # static to jit: by identity
     assert model != dataclasses.replace(model)
 

@@ -73,6 +73,43 @@ def test_loss_is_the_cross_entropy_of_the_logits(name):
     np.testing.assert_allclose(accuracy, (logits.argmax(-1) == labels)[labels != -100].mean())
 
 
+def test_the_load_balance_loss_is_weighed_by_the_config_and_counted_by_tokens():
+    apply = lambda params, **inputs: PLAIN.apply(params, **inputs) | {"aux_loss": jnp.asarray(2.5)}
+    model = nn.Model(PLAIN.init, apply, {}, config={"router_aux_loss_coef": 0.1})
+    loss, metrics = tasks.token_loss(model)({}, {"x_BTD": jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS)})
+    assert float(loss.value) == pytest.approx(by_hand()[0].mean() + 0.1 * 2.5, rel=1e-6)
+    assert (float(metrics["aux_loss"].value), int(metrics["aux_loss"].count)) == (2.5, 3)
+
+
+def test_the_load_balance_loss_pushes_a_router_towards_balance():
+    """A channel that all tokens share draws them to two of eight experts (a loss above 5, where 2 is balance): weighed in, the loss undoes it."""
+    size = dict(vocab_size=50, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_local_experts=8)
+    ids = np.random.default_rng(0).integers(0, 50, (8, 16))
+
+    def trained(coefficient):
+        """The loss of balance before and after forty steps of the router alone."""
+        model = models.create("mixtral", size="tiny", router_aux_loss_coef=coefficient, **size)
+        params, loss_fn = model.init(jax.random.key(0)), tasks.token_loss(model)
+        params["embed"]["tokens"] = params["embed"]["tokens"].at[:, 0].set(0.1)
+        moe = params["blocks"]["mlp"]
+
+        @jax.jit
+        def both(w):
+            tree = {**params, "blocks": {**params["blocks"], "mlp": {**moe, "router": {"w": w}}}}
+            loss, metrics = loss_fn(tree, {"input_ids": ids, "labels": ids})
+            return loss.value, metrics["aux_loss"].value
+
+        step = jax.jit(jax.value_and_grad(both, has_aux=True))
+        w, seen = moe["router"]["w"].at[:, 0, :2].set(0.5), []
+        for _ in range(40):
+            (_, aux), g = step(w)
+            w, seen = w - 0.03 * g, [*seen, float(aux)]
+        return seen[0], seen[-1]
+
+    (first, with_it), (_, without) = trained(1.0), trained(0.0)
+    assert min(first, without) > 5 and with_it < 2.2
+
+
 def test_dropout_is_on_when_a_key_is_given():
     """The loss hands its key on: without one (evaluation) it repeats, with one it depends on it."""
     seen = []

@@ -45,22 +45,24 @@ class MlmHead(nn.Module):
     vocab: int
     act: str
     norm: Norm
+    dense_bias: bool = True
     init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD, real_BT=None):
-        act = pick(ACTIVATIONS, self.act, "activation")
-        h_BTD = self.norm(act(Linear(shape(embed_VD)[-1], "embed -> _", init=self.init, name="dense")(x_BTD)))
+        h_BTD = between(self, x_BTD, shape(embed_VD)[-1])
         return {"x_BTD": h_BTD, "w_VD": embed_VD, "bias": weight(self, "bias", (self.vocab,), "vocab", zeros)}
 
 
 class SequenceHead(nn.Module):
     """One row of scores a sequence: from its first token, its last real one, or the mean of the real ones; `act` names that of a layer
-    between, None for no layer. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
+    between, None for no layer, and `norm` follows it. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
 
     labels: int
     pool: str = "first"
     act: str | None = None
+    norm: Norm | None = None
+    dense_bias: bool = True
     bias: bool = True
     dropout: float = 0.0
     init: Initializer = NORMAL
@@ -68,8 +70,7 @@ class SequenceHead(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, embed_VD=None, real_BT=None):
         x_BD = pick(POOLS, self.pool, "pooling")(x_BTD, jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT)
-        if self.act is not None:
-            x_BD = pick(ACTIVATIONS, self.act, "activation")(Linear(x_BD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BD))
+        x_BD = between(self, x_BD, x_BD.shape[-1])
         if not self.labels:
             return {"pooler_output": x_BD}
         x_BD = dropout(self, x_BD, self.dropout)
@@ -77,18 +78,20 @@ class SequenceHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A row of scores a token; `outputs` names them where each is an output [B, T] of its own; `act` names that of a layer before, or None."""
+    """A row of scores a token; `outputs` names them where each is an output [B, T] of its own; `act` names that of a layer before, or None, and
+    `norm` follows it."""
 
     labels: int
     outputs: tuple[str, ...] = ()
     act: str | None = None
+    norm: Norm | None = None
+    dense_bias: bool = True
     dropout: float = 0.0
     init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD=None, real_BT=None):
-        if self.act is not None:
-            x_BTD = pick(ACTIVATIONS, self.act, "activation")(Linear(x_BTD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BTD))
+        x_BTD = between(self, x_BTD, x_BTD.shape[-1])
         scores_BTC = Linear(self.labels, "embed -> _", init=self.init, name="scores")(dropout(self, x_BTD, self.dropout))
         return {name: scores_BTC[..., i] for i, name in enumerate(self.outputs)} if self.outputs else {"logits": scores_BTC}
 
@@ -103,6 +106,15 @@ class EmbeddingHead(nn.Module):
 
 
 Head = LmHead | MlmHead | SequenceHead | TokenHead | EmbeddingHead
+
+
+def between(head: Any, x: jax.Array, width: int) -> jax.Array:
+    """What a head does before its scores: a layer of its own, the activation that it names, its norm; nothing where it names none."""
+    if head.act is None:
+        return x
+    h = Linear(width, "embed -> _", bias=head.dense_bias, init=head.init, name="dense")(x)
+    h = pick(ACTIVATIONS, head.act, "activation")(h)
+    return h if head.norm is None else head.norm(h)
 
 
 def _last(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
@@ -127,7 +139,7 @@ def encoder_head(
     made: dict[Any, Any] = {
         None: SequenceHead(0, act="tanh", init=init) if pooler else None,
         "embedding": EmbeddingHead(),
-        "masked_lm": MlmHead(vocab, mlm_act, norm(), init),
+        "masked_lm": MlmHead(vocab, mlm_act, norm(), init=init),
         "sequence_classification": SequenceHead(labels, act=act, dropout=dropout, init=init),
         "token_classification": TokenHead(labels, dropout=dropout, init=init),
         "question_answering": TokenHead(2, ("start_logits", "end_logits"), init=init),

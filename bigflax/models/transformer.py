@@ -5,8 +5,8 @@
 
 The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`,
 `position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request
-`hidden_states` and `cache`. With `logits=False` the last product is left undone and `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for
-`ops.linear_cross_entropy`, which never holds [B, T, V] whole.
+`hidden_states` and `cache`; a model of mixtures adds `aux_loss`, the load-balance loss. With `logits=False` the last product is left undone and
+`head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
 What is embedded need not be tokens: an embedding names its input (`takes`), and a Transformer over `pixel_values` or `input_features` differs in
 nothing else. With `memory`, the states of another sequence, blocks that have a `cross` attention see those too (seq2seq.py).
@@ -25,7 +25,7 @@ import numpy as np
 
 from bigflax import ops
 from bigflax.models.heads import Head
-from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, stack, weight
+from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, dropout, stack, weight
 from bigflax.sharding import constrain
 
 Inputs = dict[str, jax.ShapeDtypeStruct]
@@ -99,10 +99,11 @@ class Block(nn.Module):
     """
 
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Moe
     norm: Norm
     order: str = "pre"
     cross: Attention | None = None
+    without: tuple[str, ...] = ()  # norms that it does not have: "norm1" of ModernBERT's first layer, behind the embedding's own
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, keep=False, memory=None, memory_segments=None, **where):
@@ -119,11 +120,13 @@ class Block(nn.Module):
             return y_BTD
 
         def think(x_BTD):
-            out = self.mlp(x_BTD)
-            y_BTD, seen["router"] = out if isinstance(out, tuple) else (out, None)  # a mixture says how it chose
+            if not isinstance(self.mlp, Moe):
+                return self.mlp(x_BTD)
+            real = where.get("kv_segments")
+            y_BTD, seen["router"] = self.mlp(x_BTD, None if real is None else real > 0)
             return y_BTD
 
-        norm = lambda name, x_BTD: self.norm.clone(parent=self, name=name)(x_BTD)
+        norm = lambda name, x_BTD: x_BTD if name in self.without else self.norm.clone(parent=self, name=name)(x_BTD)
         parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
         if self.order == "parallel":
             x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
@@ -152,6 +155,7 @@ class Group:
 
     blocks: tuple[Block, ...]
     repeats: int
+    tied: bool = False  # one set of weights for all repeats (ALBERT)
 
     @property
     def layers(self) -> int:
@@ -234,6 +238,8 @@ class Transformer(nn.Module):
             out["hidden_states"] = (x0_BTD, *(seen["hidden"][i] for i in range(len(seen["hidden"]) - 1)), x_BTD)
         if cache is not None:
             out["cache"] = seen["cache"]
+        if "router" in seen:
+            out["aux_loss"] = ops.load_balance(seen["router"])
         if self.head is not None:
             real_BT = attention_mask if segment_ids is None else segment_ids
             found: dict[str, Any] = self.head(x_BTD, table, None if real_BT is None else real_BT > 0)
@@ -256,7 +262,8 @@ class Transformer(nn.Module):
                 (r, p, *part.shape[1:]) if p > 1 else (r, *part.shape[1:])
             )
             mine = cache if cache is None or len(self.groups) == period == 1 else jax.tree.map(fold, cache)
-            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, remat=self.remat, unroll=unroll, **options)
+            options |= dict(remat=self.remat, unroll=unroll, tied=group.tied)
+            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, **options)
             seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 

@@ -18,8 +18,8 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
     if isinstance(w, LoRA):
         inputs, weight, output = _operands(spec)
         rank = next(c for c in string.ascii_lowercase if c not in spec)
-        split = w.a.ndim - 1
-        spec_ab = f"{inputs},{weight[:split]}{rank},{rank}{weight[split:]}->{output}"
+        split, stack = w.a.ndim - 1, weight[: w.stacked]  # a stack of matrices (experts) leads both a and b
+        spec_ab = f"{inputs},{weight[:split]}{rank},{stack}{rank}{weight[split:]}->{output}"
         # One einsum of three operands: its contraction order goes through the rank, whichever side of the weight is summed over.
         update = jnp.einsum(spec_ab, x, w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
         return einsum(spec, x, w.base, precision=precision) + update * w.scale

@@ -60,6 +60,18 @@ def test_scores_of_tokens():
     np.testing.assert_allclose(out["end_logits"], scores[..., 1], **CLOSE)
 
 
+def test_a_norm_behind_the_layer_of_a_head():
+    """ModernBERT's: a layer without a bias, its activation, a norm without a bias, then the scores."""
+    more = dict(act="relu", norm=nn.Norm("layer", 0.1, bias=False), dense_bias=False)
+    for head, x in ((heads.SequenceHead(C, "mean", **more), POOLED["mean"]), (heads.TokenHead(C, **more), X)):
+        params, out = run(head)
+        p = params["head"]
+        h = np.maximum(x @ p["dense"]["w"], 0)
+        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 0.1) * p["norm"]["scale"]
+        np.testing.assert_allclose(out["logits"], h @ p["scores"]["w"] + p["scores"]["b"], **CLOSE)
+        assert set(p) == {"dense", "norm", "scores"} and set(p["dense"]) == {"w"}
+
+
 def test_an_embedding_is_the_mean_of_length_one():
     apply = lambda real: heads.EmbeddingHead().apply({}, X, None, real)["sentence_embedding"]
     np.testing.assert_allclose(apply(REAL), POOLED["mean"] / np.linalg.norm(POOLED["mean"], axis=1, keepdims=True), **CLOSE)

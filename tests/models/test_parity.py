@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, HEADS, OURS_ALONE, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
+from families import FAMILIES, HEADS, OURS_ALONE, VARIANTS, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
 
 import bigflax
 from bigflax import models
@@ -21,7 +21,9 @@ torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install '
 pytest.importorskip("transformers")
 
 CASES = [(family, head) for family in FAMILIES if family not in OURS_ALONE for head in models.family(family).HEADS]
-INPUTS = [(family, head, kind) for family, head in CASES for kind in kinds(family)]
+KINDS = ("padded right", "longest")
+MORE = [(name, head) for name, (head, _) in VARIANTS.items()]
+INPUTS = [(family, head, kind) for family, head in CASES for kind in kinds(family)] + [(*case, kind) for case in MORE for kind in KINDS]
 each_case = pytest.mark.parametrize("family, head", CASES, ids=str)
 CLOSE = 1e-4  # of the largest entry: float32 through two or three layers, summed in another order
 
@@ -104,7 +106,7 @@ def test_one_step(family, head, saved, tmp_path):
         near(got[name], w, name)
 
 
-@each_case
+@pytest.mark.parametrize("family, head", CASES + MORE, ids=str)
 def test_saved_again_it_is_the_same_file(family, head, saved, tmp_path):
     theirs, folder = saved(family, head)
     if head == "embedding":

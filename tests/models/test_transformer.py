@@ -16,6 +16,7 @@ FAMILIES = {
     "gpt2": ("gpt2", dict(n_embd=32, n_layer=LAYERS, n_positions=16)),
     "llama": ("llama", dict(hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)),
     "bert": ("bert", dict(hidden_size=32, num_hidden_layers=LAYERS, intermediate_size=48, max_position_embeddings=16)),
+    "mixtral": ("mixtral", dict(hidden_size=32, num_hidden_layers=LAYERS, intermediate_size=24)),
 }
 ENCODERS = {"bert"}
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -64,6 +65,21 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("llama", "llama2-13b"): 13_015_864_320,
     ("llama", "llama3-8b"): 8_030_261_248,
     ("llama", "llama3-70b"): 70_553_706_496,
+    ("llama", "llama3.2-1b"): 1_235_814_400,
+    ("llama", "llama3.2-3b"): 3_212_749_824,
+    ("llama", "tinyllama-1.1b"): 1_100_048_384,
+    ("llama", "smollm-135m"): 134_515_008,
+    ("llama", "smollm-360m"): 361_821_120,
+    ("llama", "smollm-1.7b"): 1_711_376_384,
+    ("llama", "smollm2-135m"): 134_515_008,
+    ("llama", "smollm2-360m"): 361_821_120,
+    ("llama", "smollm2-1.7b"): 1_711_376_384,
+    ("albert", "base"): 11_221_680,  # with the masked-LM head, tied, as are the next
+    ("albert", "large"): 16_795_824,
+    ("albert", "xlarge"): 54_821_040,
+    ("albert", "xxlarge"): 206_368_944,
+    ("modernbert", "base"): 149_655_232,
+    ("modernbert", "large"): 395_881_664,
     ("distilbert", "base"): 66_985_530,  # with the masked-LM head, tied
     ("electra", "small"): 13_549_057,  # with the discriminator's head
     ("electra", "base"): 109_483_009,
@@ -84,6 +100,8 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("gpt_neox", "20b"): 20_554_567_680,
     ("mistral", "7b-v0.1"): 7_241_732_096,
     ("mistral", "7b-v0.3"): 7_248_023_552,
+    ("mixtral", "8x7b"): 46_702_792_704,
+    ("mixtral", "8x22b"): 140_620_634_112,
     ("olmo2", "1b"): 1_484_916_736,
     ("olmo2", "7b"): 7_298_617_344,
     ("olmo2", "13b"): 13_716_198_400,
@@ -95,9 +113,13 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("qwen2", "0.5b"): 494_032_768,
     ("qwen2", "1.5b"): 1_543_714_304,
     ("qwen2", "7b"): 7_615_616_512,
+    ("qwen2_moe", "1.5-a2.7b"): 14_315_784_192,
+    ("qwen2_moe", "57b-a14b"): 57_408_658_944,
     ("qwen3", "0.6b"): 596_049_920,
     ("qwen3", "1.7b"): 1_720_574_976,
     ("qwen3", "8b"): 8_190_735_360,
+    ("qwen3_moe", "30b-a3b"): 30_532_122_624,
+    ("qwen3_moe", "235b-a22b"): 235_093_634_560,
     ("bert", "base"): 109_514_298,
     ("bert", "large"): 335_174_458,
     ("bert", "minilm-l6"): 22_713_216 - 384 * 385 + (384 * 385 + 2 * 384 + 30_522),  # published with a pooler and without a head
@@ -122,15 +144,15 @@ def test_axes_name_every_dimension(name):
     for leaf, shape in shapes.items():
         ax = weights.parse_axes(axes[leaf])
         assert len(ax.names) == len(shape.shape), leaf
-        assert (ax.stack == ("layers",) and shape.shape[0] == LAYERS) if leaf.startswith("blocks/") else ax.stack == (), leaf
+        assert (ax.stack[0] == "layers" and shape.shape[0] == LAYERS) if leaf.startswith("blocks/") else ax.stack == (), leaf
         assert shape.dtype == jnp.float32, leaf
     assert all(row in model.summary() for row in shapes)
 
 
 @each_family
 def test_fresh_weights(name):
-    """Matrices are normal (0.02, the ones that write to a decoder's residual stream over sqrt(2 L)), each layer its own; a fresh model
-    knows nothing: its loss is log V."""
+    """Matrices are normal (0.02, in GPT-2 and Llama the ones that write to the residual stream over sqrt(2 L)), each layer its own; a fresh
+    model knows nothing: its loss is log V."""
     model = made(name)[0]
     params = jax.jit(model.init)(jax.random.key(0))
     assert jax.tree.map(lambda w: (w.shape, w.dtype), params) == jax.tree.map(lambda s: (s.shape, s.dtype), model.shapes())
@@ -138,7 +160,7 @@ def test_fresh_weights(name):
         if "scale" in leaf or "bias" in leaf or leaf.endswith("/b"):
             np.testing.assert_array_equal(w, 1.0 if "scale" in leaf else 0.0, err_msg=leaf)
             continue
-        small = name not in ENCODERS and leaf.rsplit("/", 1)[-1] in ("out", "down")
+        small = name in ("gpt2", "llama") and leaf.rsplit("/", 1)[-1] in ("out", "down")
         want = 0.02 / (2 * LAYERS) ** 0.5 if small else 0.02
         # the deviation of n normal numbers is right to 1 / sqrt(2 n); five of those
         assert abs(w.std() / want - 1) < 5 / (2 * w.size) ** 0.5, leaf
@@ -286,7 +308,8 @@ def test_bfloat16_computes_narrow_over_float32_weights(name):
     assert {s.dtype for s in jax.tree.leaves(create(name, dtype="bfloat16").shapes())} == {jnp.dtype("float32")}
     want, got = logits_of(name, input_ids=ids), np.asarray(out["logits"], np.float32)
     # 8 bits of mantissa: 2^-8 a rounding, of which some dozens follow one another, against the spread of the logits
-    assert np.abs(got - want).max() < 0.15 * want.std()
+    far = np.abs(got - want).max(-1) >= 0.15 * want.std()
+    assert far.mean() <= (0.1 if name == "mixtral" else 0), far.mean()  # a token between two experts may go to the other
     assert np.abs(got - want).max() > 0
 
 
@@ -350,6 +373,8 @@ MISTAKES = {
     "list of layers": (dict(name="gemma2", size="tiny", layer_types=["full_attention"] * 3), "lists 3 layers, but the model has 2"),
     "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
     "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
+    "pooling": (dict(name="modernbert", size="tiny", classifier_pooling="max"), "unknown classifier_pooling 'max'; there are 'mean'"),
+    "experts": (dict(name="mixtral", size="tiny", num_experts_per_tok=5), "5 experts a token cannot be chosen from 4"),
     "kv heads": (dict(name="llama", size="tiny", num_key_value_heads=3), "4 query heads do not divide over 3 kv heads"),
 }
 

@@ -11,6 +11,19 @@ from bigflax.models.transformer import Attention, Block, Embed, Group, Mlp, Norm
 from bigflax.nn import Rope, head_width, normal
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, rms_norm_eps=1e-5, max_position_embeddings=8192)
+_LLAMA32 = dict(
+    vocab_size=128256, num_key_value_heads=8, intermediate_size=8192, tie_word_embeddings=True, rope_theta=500000.0, rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
+    rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+)  # fmt: skip
+_SMOL = {  # SmolLM and SmolLM2 have the same three shapes
+    "135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3),
+    "360m": dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5),
+    "1.7b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32),
+}
+_smol = lambda size, length, theta: dict(
+    **_SMOL[size], vocab_size=49152, tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=length, rope_theta=theta
+)
 SIZES = {
     "tiny": dict(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
     "llama2-7b": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
@@ -19,6 +32,13 @@ SIZES = {
     ),
     "llama3-8b": dict(**_LLAMA3, intermediate_size=14336),
     "llama3-70b": dict(**_LLAMA3, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "llama3.2-1b": dict(**_LLAMA32, hidden_size=2048, num_hidden_layers=16),
+    "llama3.2-3b": dict(**_LLAMA32, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
+    "tinyllama-1.1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4, rms_norm_eps=1e-5),
+    **{f"smollm-{size}": _smol(size, 2048, 10000.0) for size in _SMOL},
+    "smollm2-135m": _smol("135m", 8192, 100000.0),
+    "smollm2-360m": _smol("360m", 8192, 100000.0),
+    "smollm2-1.7b": _smol("1.7b", 8192, 130000.0),
 }  # fmt: skip
 
 
