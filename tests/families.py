@@ -13,10 +13,11 @@ HEADS = (
     "question_answering",
     "discriminator",
     "embedding",
+    "image_classification",
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {}
+READS: dict[str, str] = {"resnet": "images"}
 OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
@@ -49,6 +50,7 @@ FAMILIES = {
     "phi3": dict(DECODER, hidden_size=32, sliding_window=5, **rope(partial_rotary_factor=0.5)),
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(DECODER, head_dim=8),
+    "resnet": dict(embedding_size=6, hidden_sizes=[8, 12, 20], depths=[1, 3, 2]),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
@@ -69,7 +71,13 @@ def torch_model(family, head):
     with torch.no_grad():
         for name, w in model.named_parameters():
             w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
+        for name, w in model.named_buffers():
+            if name.endswith(STATISTICS):
+                w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
     return model
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def drawn(name, shape):
@@ -80,6 +88,10 @@ def drawn(name, shape):
     }.items():  # other names than in files
         name = name.replace(module, file)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("num_batches_tracked"):
+        return np.asarray(rng.integers(1, 9), np.int64)
+    if name.endswith("running_var"):
+        return rng.uniform(0.5, 2.0, shape).astype(np.float32)
     is_scale = len(shape) == 1 and name.endswith("weight")
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
 
@@ -110,8 +122,12 @@ def _tokens(family, kind, rng):
     return given, [real]
 
 
+def _images(family, kind, rng):
+    return {"pixel_values": rng.normal(size=(3, FAMILIES[family].get("num_channels", 3), 32, 32)).astype(np.float32)}, []
+
+
 # what a family reads -> (maker of inputs, their kinds)
-READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest"))}
+READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",))}
 
 
 def masked(x, reals):

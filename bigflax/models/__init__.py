@@ -12,7 +12,7 @@ from bigflax import nn, trees
 
 FAMILIES = (
     "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2",
-    "qwen3", "roberta", "xlm-roberta",
+    "qwen3", "resnet", "roberta", "xlm-roberta",
 )  # fmt: skip
 
 
