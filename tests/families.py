@@ -17,8 +17,8 @@ HEADS = (
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {"resnet": "images"}
-OURS_ALONE: set[str] = set()
+READS: dict[str, str] = {"cnn": "images", "convnext": "images", "mobilenet_v2": "images", "resnet": "images"}
+OURS_ALONE: set[str] = {"cnn", "rnn"}
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
@@ -26,6 +26,8 @@ rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "bert": COMMON,
+    "cnn": dict(num_channels=3, image_size=32, hidden_sizes=[6, 10], dense_size=12),
+    "convnext": dict(num_stages=3, hidden_sizes=[8, 12, 20], depths=[1, 3, 2], layer_scale_init_value=0.5, layer_norm_eps=0.01),
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
     "gemma": dict(**DECODER, head_dim=8, **rope()),
@@ -43,6 +45,7 @@ FAMILIES = {
         DECODER, **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
     ),
     "mistral": dict(DECODER, sliding_window=4),
+    "mobilenet_v2": dict(depth_multiplier=0.25, output_stride=16),
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
@@ -51,6 +54,7 @@ FAMILIES = {
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(DECODER, head_dim=8),
     "resnet": dict(embedding_size=6, hidden_sizes=[8, 12, 20], depths=[1, 3, 2]),
+    "rnn": dict(embedding_size=12, hidden_size=20, num_hidden_layers=3),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip

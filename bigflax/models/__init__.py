@@ -11,8 +11,8 @@ from typing import Any
 from bigflax import nn, trees
 
 FAMILIES = (
-    "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2",
-    "qwen3", "resnet", "roberta", "xlm-roberta",
+    "bert", "cnn", "convnext", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mobilenet_v2",
+    "olmo2", "opt", "phi3", "qwen2", "qwen3", "resnet", "rnn", "roberta", "xlm-roberta",
 )  # fmt: skip
 
 

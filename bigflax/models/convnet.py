@@ -218,25 +218,21 @@ def drop_path(module: nn.Module, y_BHWC: jax.Array, rate: jax.Array) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """The blocks of a stage: groups of alike ones, what goes before them, and the rate of `drop_path` of each layer.
-
-    A group of one layer is not stacked: it may change the image's size and width.
-    """
+    """The blocks of a stage: groups of alike ones, what goes before them, and the rate of `drop_path` of each layer."""
 
     groups: tuple[Group, ...]
     before: Patches | None = None
     rates: tuple[float, ...] | None = None
 
     def places(self) -> list[tuple[str, int, int, int]]:
-        starts = itertools.accumulate((group.repeats for group in self.groups), initial=0)
+        starts = itertools.accumulate((group.layers for group in self.groups), initial=0)
         names = ["blocks"] if len(self.groups) == 1 else [f"blocks_{i}" for i in range(len(self.groups))]
-        each = zip(names, starts, self.groups, strict=False)
-        return [(name, start, 1, 0 if group.repeats == 1 else group.repeats) for name, start, group in each]
+        return [(name, start, 1, group.repeats) for name, start, group in zip(names, starts, self.groups, strict=False)]
 
 
 def groups(first: nn.Module, rest: nn.Module, layers: int) -> tuple[Group, ...]:
     """A first layer, and those behind it that are alike."""
-    return (Group((first,), 1), *([Group((rest,), layers - 1)] if layers > 1 else []))  # type: ignore[arg-type]
+    return (Group((first,), 0), *([Group((rest,), layers - 1)] if layers > 1 else []))
 
 
 class Stage(nn.Module):
@@ -255,7 +251,7 @@ class Stage(nn.Module):
             updates = below("before", updates)
         unroll = 1 if self.is_initializing() else self.unroll
         for (name, start, _, repeats), group in zip(self.layers.places(), self.layers.groups, strict=True):
-            rates = None if self.layers.rates is None else jnp.asarray(self.layers.rates[start : start + group.repeats], jnp.float32)
+            rates = None if self.layers.rates is None else jnp.asarray(self.layers.rates[start : start + group.layers], jnp.float32)
             rates = rates if rates is None or repeats else rates[0]
             block = group.blocks[0].clone(parent=self, name=name)
             x_BHWC, seen = stack(block, repeats or None, x_BHWC, rates, remat=self.remat, unroll=unroll, keep=keep)
@@ -280,6 +276,8 @@ class ImageHead(nn.Module):
         if self.hidden:
             name, shape = "bhwc"[-x.ndim + 1 :], (*x.shape[1:], self.hidden)
             w = weight(self, "w", shape, f"{'_ ' * (x.ndim - 2)}embed -> mlp", self.init)
+            if w.shape != shape:
+                raise ValueError(f"a last state of {list(x.shape[1:])} does not fit a head made for {list(w.shape[:-1])}: other images are needed")
             x_BF = ops.einsum(f"b{name},{name}f->bf", x, w)
             x = pick(ACTIVATIONS, self.act, "activation")(x_BF + weight(self, "b", (self.hidden,), "mlp", zeros).astype(x_BF.dtype))
         x = dropout(self, x, self.dropout)
