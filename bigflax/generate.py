@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bigflax import sharding
 from bigflax.models.heads import LmHead
-from bigflax.models.transformer import empty_cache
+from bigflax.models.transformer import Block, Transformer, empty_cache
 from bigflax.nn import Model
 
 
@@ -45,7 +45,8 @@ def check(
 ) -> None:
     """Raises the ValueErrors of `generate` that a prompt's length and the options decide: before a long training, say."""
     module, new = model.module, max_new_tokens
-    if module is None or not module.groups[0].blocks[0].attention.causal or not isinstance(module.head, LmHead):
+    block = module.groups[0].blocks[0] if isinstance(module, Transformer) else None
+    if not isinstance(block, Block) or not block.attention.causal or not isinstance(module.head, LmHead):
         raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2 or llama")
     if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         said = f"max_new_tokens {new}, temperature {temperature}, top_k {top_k} and top_p {top_p}"

@@ -61,7 +61,7 @@ def load(
     """`(model, params)` of a folder or hub id.
 
     `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new.
-    `dtype` is that of weights and computation, by default the stored one. With a `mesh` the weights lie on it by `table`. `changes` are
+    `dtype` is that of weights and computation, by default the stored one; integers stay integers. With a `mesh` the weights lie on it by `table`. `changes` are
     further arguments of the family: `remat="full"`. Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
     folder = fetch(source)
@@ -167,7 +167,7 @@ def _head_of(said: Mapping[str, Any], home: Any) -> str | None:
     return heads[wrote]
 
 
-KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +262,7 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     home = models.family(model.family)
     files = {name.removeprefix(home.PREFIX): tensor for name, tensor in files.items()}
     shapes = {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
+    kinds = {name: leaf.dtype if _counts(leaf) else dtype for name, leaf in trees.named_leaves(model.shapes())}
     owner, expected = {}, {}
     for entry in lines(model):
         owner |= dict.fromkeys(entry.leaves, entry)
@@ -275,18 +276,26 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     known = re.compile("|".join([*home.BUFFERS, *tied, *heads]) or r"(?!)")
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
         raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
-    for name, (_, shape) in expected.items():
+    for name, (entry, shape) in expected.items():
         if name in files and files[name].shape != shape:
             raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
+        if name in files and jnp.issubdtype(files[name].dtype, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
+            raise ValueError(
+                f"{name} in {files[name].file!r} is stored as {files[name].dtype}; the model has {kinds[entry.leaves[0]]} there"
+            )
 
     def leaf(name: str, sharding: Any) -> jax.Array:
         if name in new:
-            made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(dtype)
+            made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(kinds[name])
             return jax.jit(made, out_shardings=sharding)(jax.random.key(0))
-        read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, dtype, lambda tensor: files[tensor].forget())
-        return jax.make_array_from_callback(shapes[name], sharding, read, dtype=dtype)
+        read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, kinds[name], lambda tensor: files[tensor].forget())
+        return jax.make_array_from_callback(shapes[name], sharding, read, dtype=kinds[name])
 
     return trees.map_named(leaf, where)
+
+
+def _counts(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def _list(items: Any) -> str:
@@ -318,7 +327,7 @@ def save(
     shapes = {name: leaf.shape for name, leaf in axes.items()}
     base = home.HEADS[model.config["head"]][0] == home.HEADS[None][0]  # a model without a head is written without a prefix too
     os.makedirs(folder, exist_ok=True)
-    size = lambda name, entry: int(np.prod(entry.shape(shapes))) * jnp.dtype(dtype or dense(leaves[entry.leaves[0]]).dtype).itemsize
+    size = lambda name, entry: int(np.prod(entry.shape(shapes))) * _written(dense(leaves[entry.leaves[0]]).dtype, dtype).itemsize
     plan, total = [[]], 0
     for entry in lines(model, prefixed=not base):
         for name, at in entry.names(shapes):
@@ -372,8 +381,13 @@ class _OneLeaf:
 
                 w = multihost_utils.process_allgather(w, tiled=True)
             a = np.asarray(w)
-            self.held[name] = a if self.dtype is None else a.astype(jnp.dtype(self.dtype))
+            self.held[name] = a.astype(_written(a.dtype, self.dtype), copy=False)
         return self.held[name]
+
+
+def _written(stored: Any, dtype: Any) -> np.dtype:
+    """What a leaf is written as: integers as PyTorch's 64 bits, all else as `dtype`, where one was asked for."""
+    return np.dtype("int64") if jnp.issubdtype(stored, jnp.integer) else jnp.dtype(dtype or stored)
 
 
 def _config(model: Model, dtype: Any) -> dict[str, Any]:

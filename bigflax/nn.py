@@ -39,6 +39,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
     "tanh": jnp.tanh,
 }
 
@@ -154,7 +155,7 @@ def model(module: nn.Module, **example: Any) -> Model:
 
 def stack(
     block: nn.Module,
-    layers: int,
+    layers: int | None,
     x: jax.Array,
     each: Any = None,
     *,
@@ -166,7 +167,9 @@ def stack(
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
 
     `each` is a tree with a leading layer axis, of which each layer gets its slice (a cache); `shared` reaches all of them. The block's
-    weights gain a leading "layers" axis, unless all copies are `tied` to one set of them. Compile time does not grow with the number of layers.
+    weights gain a leading "layers" axis, unless all copies are `tied` to one set of them. Compile time does not grow with the number of
+    layers. With `layers` None the block runs once as it is, which may change the shape of x: its weights gain no axis, and neither does what
+    it returns.
     """
 
     def body(block, x, each):
@@ -174,7 +177,9 @@ def stack(
 
     policy = pick(REMAT, remat, "remat")
     if policy is not None:
-        body = nn.remat(body, prevent_cse=False, policy=policy)
+        body = nn.remat(body, prevent_cse=layers is None, policy=policy)
+    if layers is None:
+        return body(block, x, each)
     scan = nn.scan(
         body, variable_axes={} if tied else {"params": 0}, variable_broadcast="params" if tied else False,
         split_rngs={"params": not tied, "dropout": True}, length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},

@@ -5,13 +5,15 @@
     for batch in loader:
         state, metrics = step(state, batch)
 
-`loss_fn(params, batch, rng)` returns a loss, or `(loss, metrics)`. Loss and metrics are scalars or `Mean(total, count)`; with a Mean, the
+`loss_fn(params, batch, rng)` returns a loss, `(loss, metrics)`, or `(loss, metrics, updates)`. Loss and metrics are scalars or `Mean(total, count)`; with a Mean, the
 gradient is that of sum(total) / sum(count) over all micro-batches and hosts, however unevenly tokens fall on them. The state's randomness is
 a function of (seed, step), so a resumed run needs no key. Nothing here knows of Flax: `init` is any function from a key to a tree of arrays,
 or such a tree.
 
 What trains and what is frozen are two trees: `state.params` is differentiated and optimized; `state.frozen` rides beside it with None where
-the other has a weight. Integer leaves and quantized weights are always frozen.
+the other has a weight. Integer leaves, quantized weights, and with `axes` what these call a "statistic", are always frozen. `updates`, {leaf
+name: new value}, is how a loss moves such statistics on (batch norm's running means: models/convnet.py): the step puts them in the place of
+frozen leaves, averaged over micro-batches, and leaves the old ones where it is skipped; evaluation ignores them. Any frozen leaf may be updated.
 
 Left out on purpose: a Trainer class, callbacks, and the gradient of anything that is not `params`.
 """
@@ -88,7 +90,7 @@ def _born(init, tx, mesh, axes, seed, freeze, table):
     source = jax.random.key(seed) if callable(init) else init
     shapes = jax.eval_shape(weights, source)
     frozen = trees.apply_rules(freeze, shapes, default=False)
-    trains = jax.tree.map(lambda can, no: can and not no, trainable(shapes), frozen)
+    trains = jax.tree.map(lambda can, no: can and not no, trainable(shapes, axes), frozen)
     if not any(jax.tree.leaves(trains)):
         raise ValueError("nothing trains: the freeze rules and the weights' types leave no weight; freeze less")
 
@@ -130,47 +132,66 @@ def train_step(
     """The compiled step `(state, batch) -> (state, metrics)`: the state is donated and comes back as it lay, so it compiles once.
 
     `accumulate` splits the batch into that many micro-batches, weighed by their counts. A step whose loss or gradient norm is not finite
-    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own.
+    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. Raises
+    ValueError, when first called, for an update of what is not frozen or has another shape.
     """
     same = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.mesh
 
-    def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+    def step(state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, jax.Array]]:
         with tracing_on(mesh, table):
             rng = jax.random.fold_in(jax.random.key(seed), state.step)
-            grads, loss, metrics = gradients(loss_fn, state.params, state.frozen, batch, rng, accumulate)
+            grads, loss, metrics, moved = gradients(loss_fn, state.params, state.frozen, batch, rng, accumulate)
+            moved = _as_frozen(moved, state, same.frozen)
             norm = optim.global_norm(grads)
             updates, opt = tx.update(grads, state.opt, state.params)
             good = jnp.isfinite(loss.total) & jnp.isfinite(norm)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
             params = keep(optax.apply_updates(state.params, updates), state.params)
+            moved = {name: jnp.where(good, new, old) for name, (new, old) in moved.items()}
             state = State(state.step + 1, params, state.frozen, keep(opt, state.opt), state.skipped + ~good)
-        return state, {"loss": loss, **metrics, "grad_norm": norm}
+        return state, {"loss": loss, **metrics, "grad_norm": norm}, moved
 
-    # The frozen tree is passed apart from what is donated, so that it may be shared between states.
-    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None))
+    # The frozen tree is passed apart from what is donated, so that it may be shared between states; only what is updated comes back.
+    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None, None))
     def compiled(changing, frozen, batch):
-        new, metrics = step(changing._replace(frozen=frozen), batch)
-        return new._replace(frozen=None), metrics
+        new, metrics, moved = step(changing._replace(frozen=frozen), batch)
+        return new._replace(frozen=None), metrics, moved
 
     def call(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        new, metrics = compiled(state._replace(frozen=None), state.frozen, batch)
-        return new._replace(frozen=state.frozen), metrics
+        new, metrics, moved = compiled(state._replace(frozen=None), state.frozen, batch)
+        frozen = trees.map_named(lambda name, old: moved.get(name, old), state.frozen) if moved else state.frozen
+        return new._replace(frozen=frozen), metrics
 
     call.compiled = compiled  # type: ignore[attr-defined]  # for whoever wants its text, cost or cache size
     return call
 
 
-def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple[Any, Mean, dict[str, Mean]]:
-    """Gradient of the mean loss over the whole batch, the loss, and its metrics; micro-batch i holds the rows i, i + accumulate, ..."""
+def _as_frozen(updates: Mapping[str, jax.Array], state: State, where: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(new, old) of each leaf, the new one of the old one's dtype and laid out as `where` has it."""
+    frozen, places, found = dict(trees.named_leaves(state.frozen)), dict(trees.named_leaves(where)), {}
+    for name, new in updates.items():
+        if name not in frozen:
+            trains = any(name == other for other, _ in trees.named_leaves(state.params))
+            hint = "it trains: pass axes=model.axes to init_state" if trains else trees.did_you_mean(name, frozen, "frozen are")
+            raise ValueError(f"the loss updates {name!r}, which is no frozen leaf; {hint}")
+        old = frozen[name]
+        if jnp.shape(new) != old.shape:
+            raise ValueError(f"the loss updates {name!r} of shape {old.shape} with an array of shape {jnp.shape(new)}")
+        found[name] = jax.lax.with_sharding_constraint(jnp.asarray(new, old.dtype), places[name]), old
+    return found
+
+
+def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple[Any, Mean, dict[str, Mean], dict[str, jax.Array]]:
+    """Gradient of the mean loss over the whole batch, the loss, its metrics, and updates; micro-batch i holds the rows i, i + accumulate, ..."""
 
     def total(params, batch, rng):
-        loss, metrics = split_loss(loss_fn(trees.combine(params, frozen), batch, rng))
-        return loss.total, (loss, metrics)
+        loss, metrics, updates = split_loss(loss_fn(trees.combine(params, frozen), batch, rng))
+        return loss.total, (loss, metrics, updates)
 
     def one(batch, rng):
-        (_, (loss, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params, batch, rng)
-        return grads, loss, metrics
+        (_, rest), grads = jax.value_and_grad(total, has_aux=True)(params, batch, rng)
+        return grads, *rest
 
     if accumulate == 1:
         sums = one(batch, rng)
@@ -180,10 +201,12 @@ def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple
         body = lambda sums, i_batch: (add(sums, one(i_batch[1], jax.random.fold_in(rng, i_batch[0]))), None)
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), rng))
         sums, _ = jax.lax.scan(body, start, (jnp.arange(accumulate), micro))
-    grads, loss, metrics = sums
+    grads, loss, metrics, updates = sums
+    if accumulate > 1:
+        updates = {name: x / accumulate if jnp.issubdtype(x.dtype, jnp.inexact) else x // accumulate for name, x in updates.items()}
     # A batch without a single real token has nothing to teach: gradient 0, not NaN.
     scale = 1.0 / jnp.maximum(loss.count, 1).astype(jnp.float32)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), loss, metrics
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), loss, metrics, updates
 
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
@@ -195,11 +218,11 @@ def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def split_loss(result: Any) -> tuple[Mean, dict[str, Mean]]:
-    """`loss` or `(loss, metrics)`, each scalar made a Mean of count 1."""
-    loss, metrics = result if isinstance(result, tuple) else (result, {})
+def split_loss(result: Any) -> tuple[Mean, dict[str, Mean], dict[str, jax.Array]]:
+    """`loss`, `(loss, metrics)` or `(loss, metrics, updates)` as the last of these, each scalar of the first two made a Mean of count 1."""
+    loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
     mean = lambda x: x if isinstance(x, Mean) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
-    return mean(loss), {name: mean(value) for name, value in metrics.items()}
+    return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------------
@@ -213,7 +236,7 @@ def eval_step(
     @jax.jit
     def step(params, batch):
         with tracing_on(mesh, table):
-            loss, metrics = split_loss(loss_fn(params, batch, None))
+            loss, metrics, _ = split_loss(loss_fn(params, batch, None))
         return {"loss": loss, **metrics}
 
     return step

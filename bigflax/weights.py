@@ -15,6 +15,7 @@ Axes of a weight are one string, written where the weight is declared:
     "vocab <- embed"                     outputs first: rows are outputs (embedding tables and heads)
     "layers | embed -> mlp"              a stack of layers in front
     "norm"                               no inputs: a bias or a scale; "_" is an axis without a name
+    "statistic"                          no weight at all: a running mean or variance, which never trains
 
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1; QLoRA, Dettmers et al. 2023 (arXiv 2305.14314), equation 5.
 Left out on purpose: Sparse and LowRank arrive with the functions that make them (compress/).
@@ -153,17 +154,18 @@ def lora(w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = N
     return LoRA(w, a, jnp.zeros((*stack, rank, *outs), dtype), float(rank if alpha is None else alpha))
 
 
-def trainable(tree: Any) -> Any:
-    """A same-shaped tree of booleans: False for what can never train: integer leaves and the parts of a quantized weight."""
+def trainable(tree: Any, axes: Any = None) -> Any:
+    """A same-shaped tree of booleans: False for what can never train: integer leaves, the parts of a quantized weight, and, where the
+    tree of `axes` is given, running statistics, whose axes are named "statistic"."""
 
-    def one(w):
-        if isinstance(w, Quantized):
+    def one(w, text=""):
+        if isinstance(w, Quantized) or "statistic" in parse_axes(text).names:
             return jax.tree.map(lambda _: False, w)
         if isinstance(w, LoRA):
             return LoRA(one(w.base), True, True, w.alpha)  # type: ignore[arg-type]
         return bool(jnp.issubdtype(w.dtype, jnp.inexact))
 
-    return jax.tree.map(one, tree, is_leaf=is_typed)
+    return jax.tree.map(one, tree, *([] if axes is None else [axes]), is_leaf=is_typed)
 
 
 def named_weights(params: Any) -> list[tuple[str, Weight]]:

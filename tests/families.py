@@ -15,11 +15,12 @@ HEADS = (
     "question_answering",
     "discriminator",
     "embedding",
+    "image_classification",
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {}
-OURS_ALONE: set[str] = set()
+READS: dict[str, str] = {"cnn": "images", "convnext": "images", "mobilenet_v2": "images", "resnet": "images"}
+OURS_ALONE: set[str] = {"cnn", "rnn"}
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
@@ -32,6 +33,8 @@ LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "albert": dict(COMMON, embedding_size=12),
     "bert": COMMON,
+    "cnn": dict(num_channels=3, image_size=32, hidden_sizes=[6, 10], dense_size=12),
+    "convnext": dict(num_stages=3, hidden_sizes=[8, 12, 20], depths=[1, 3, 2], layer_scale_init_value=0.5, layer_norm_eps=0.01),
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
     "gemma": dict(**DECODER, head_dim=8, **rope()),
@@ -51,6 +54,7 @@ FAMILIES = {
     "mistral": dict(DECODER, sliding_window=4),
     "mixtral": dict(DECODER, num_local_experts=4, sliding_window=4, output_router_logits=True),
     "modernbert": dict(COMMON, num_hidden_layers=5, local_attention=7, **MODERN_ROPE),
+    "mobilenet_v2": dict(depth_multiplier=0.25, output_stride=16),
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
@@ -60,6 +64,8 @@ FAMILIES = {
     "qwen2_moe": dict(DECODER, **EXPERTS, shared_expert_intermediate_size=28, use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "qwen3": dict(DECODER, head_dim=8),
     "qwen3_moe": dict(DECODER, **EXPERTS, head_dim=8, norm_topk_prob=True),
+    "resnet": dict(embedding_size=6, hidden_sizes=[8, 12, 20], depths=[1, 3, 2]),
+    "rnn": dict(embedding_size=12, hidden_size=20, num_hidden_layers=3),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
@@ -102,6 +108,10 @@ def torch_model(name, head):
 def drawn(name, shape):
     """float32 numbers that are a function of a tensor's name: around one for the scales of norms, around zero for all else."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("num_batches_tracked"):
+        return np.asarray(rng.integers(1, 9), np.int64)
+    if name.endswith("running_var"):
+        return rng.uniform(0.5, 2.0, shape).astype(np.float32)
     is_scale = len(shape) == 1 and name.endswith("weight")
     return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
 
@@ -132,8 +142,12 @@ def _tokens(family, kind, rng):
     return given, [real]
 
 
+def _images(family, kind, rng):
+    return {"pixel_values": rng.normal(size=(3, FAMILIES[family].get("num_channels", 3), 32, 32)).astype(np.float32)}, []
+
+
 # what a family reads -> (maker of inputs, their kinds)
-READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest"))}
+READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",))}
 
 
 def masked(x, reals):

@@ -186,6 +186,80 @@ def test_what_is_frozen_stays_and_costs_no_optimizer_state():
     assert not np.array_equal(state.weights["w2"], before["w2"])
 
 
+def counting(params, batch, rng):
+    """A loss of a model that counts the rows it has seen and keeps their mean, neither of which trains."""
+    updates = {"seen": params["seen"] + batch["x"].shape[0], "mean": 0.5 * params["mean"] + 0.5 * batch["x"].mean(0)}
+    return plain_loss(params, batch, rng), {}, updates
+
+
+def counting_state(mesh, freeze=(("mean", True),)):
+    init = lambda rng: {**plain_init(rng), "seen": jnp.zeros((), jnp.int32), "mean": jnp.zeros(4)}
+    return train.init_state(init, optax.sgd(0.1), mesh=mesh, freeze=freeze)
+
+
+@pytest.mark.parametrize("sizes", [ONE, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_updates_take_the_place_of_frozen_leaves(sizes, accumulate):
+    """Once a step, averaged over micro-batches, which leaves a count of the rows of one; the weights learn as without."""
+    mesh, batch = mesh_of(sizes), {name: jnp.tile(x, (2, 1)) for name, x in plain_batch().items()}
+    state = counting_state(mesh)
+    frozen = state.frozen
+    step = train.train_step(counting, optax.sgd(0.1), state, accumulate=accumulate)
+    for _ in range(2):
+        state, _ = step(state, put(batch, mesh))
+    assert int(state.weights["seen"]) == 2 * 16 // accumulate and state.weights["seen"].dtype == jnp.int32
+    np.testing.assert_allclose(state.weights["mean"], 0.75 * batch["x"].mean(0), rtol=1e-5, atol=1e-6)
+    assert int(frozen["seen"]) == 0  # the frozen tree is not donated: whoever shares it still has it
+    assert step.compiled._cache_size() == 1 and state.frozen["mean"].sharding == frozen["mean"].sharding
+    without = train.init_state(plain_init, optax.sgd(0.1), mesh=mesh)
+    plain = train.train_step(plain_loss, optax.sgd(0.1), without, accumulate=accumulate)
+    for _ in range(2):
+        without, _ = plain(without, put(batch, mesh))
+    np.testing.assert_array_equal(state.params["w1"], without.params["w1"])
+
+
+def test_a_bad_step_updates_nothing():
+    state = counting_state(mesh_of(ONE))
+    step = train.train_step(counting, optax.sgd(0.1), state)
+    state, _ = step(state, plain_batch())
+    before = jax.device_get(state.frozen)
+    state, _ = step(state, {**plain_batch(), "y": jnp.full((8, 1), jnp.nan)})
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.frozen))
+    assert int(state.skipped) == 1
+
+
+def test_evaluation_ignores_updates():
+    state = counting_state(mesh_of(ONE))
+    got = train.evaluate(train.eval_step(counting), state.weights, [plain_batch()])
+    assert got == train.evaluate(train.eval_step(plain_loss), state.weights, [plain_batch()])
+
+
+def test_what_axes_call_a_statistic_is_frozen():
+    axes = {"w1": "embed -> mlp", "w2": "mlp -> _", "seen": "", "mean": "statistic"}
+    init = lambda rng: {**plain_init(rng), "seen": jnp.zeros((), jnp.int32), "mean": jnp.zeros(4)}
+    state = train.init_state(init, optax.sgd(0.1), mesh=mesh_of(ONE), axes=axes)
+    assert [name for name, _ in trees.named_leaves(state.frozen)] == ["mean", "seen"]
+
+
+WRONG_UPDATES = {
+    "a name": ({"meen": jnp.zeros(4)}, {}, "the loss updates 'meen', which is no frozen leaf; frozen are 'mean'"),
+    "what trains": (
+        {"mean": jnp.zeros(4)},
+        {"freeze": ()},
+        "'mean', which is no frozen leaf; it trains: pass axes=model.axes to init_state",
+    ),
+    "a shape": ({"mean": jnp.zeros(3)}, {}, r"updates 'mean' of shape \(4,\) with an array of shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("updates, options, message", WRONG_UPDATES.values(), ids=WRONG_UPDATES)
+def test_wrong_updates(updates, options, message):
+    state = counting_state(mesh_of(ONE), **options)
+    step = train.train_step(lambda params, batch, rng: (plain_loss(params, batch, rng), {}, updates), optax.sgd(0.1), state)
+    with pytest.raises(ValueError, match=message):
+        step(state, plain_batch())
+
+
 def test_freezing_everything_is_an_error():
     with pytest.raises(ValueError, match="nothing trains"):
         train.init_state(plain_init, optax.sgd(0.1), mesh=mesh_of(ONE), freeze=[(".*", True)])

@@ -75,10 +75,10 @@ class Entry:
 
     def shape(self, shapes: Shapes) -> tuple[int, ...]:
         """The tensor's shape."""
-        first, *rest = (self._extent(group, shapes[self.leaves[0]]) for group in self.groups)
+        sizes = [self._extent(group, shapes[self.leaves[0]]) for group in self.groups]
         if len(self.leaves) > 1 and not self._stacked:
-            first = sum(self._extent(self.groups[0], shapes[leaf]) for leaf in self.leaves)
-        return (first, *rest)
+            sizes[0] = sum(self._extent(self.groups[0], shapes[leaf]) for leaf in self.leaves)
+        return tuple(sizes)
 
     def names(self, shapes: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each tensor of this line and its place along the stacked axes."""
@@ -138,7 +138,7 @@ class Entry:
             sizes = dict(zip(self.letters, part.shape, strict=True))
             flat = [math.prod(sizes[letter] for letter in group) for group in self.groups]
             tensors.append(part.transpose([self.letters.index(letter) for letter in order]).reshape(flat))
-        return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+        return np.asarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), order="C")
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -151,13 +151,16 @@ def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
     """out[...] = part, where rows of one are columns of the other by strips of a cache line: seven to nine times as fast (4096 x 1024)."""
+    if part.strides[-1:] in ((), (part.itemsize,)):
+        out[...] = part
+        return
     width = 64 // out.itemsize
-    strips = [slice(None)] if part.strides[-1:] in ((), (part.itemsize,)) else [slice(j, j + width) for j in range(0, out.shape[-1], width)]
-    for strip in strips:
-        out[..., strip] = part[..., strip]
+    for j in range(0, out.shape[-1], width):
+        out[..., j : j + width] = part[..., j : j + width]
 
 
-Place = tuple[str, int, int, int]  # of a group of layers: the name of its leaves, its first layer, its period, how often it repeats
+# Of a group of layers: the name of its leaves, its first layer, its period, how often it repeats; 0 is one layer without an axis of layers.
+Place = tuple[str, int, int, int]
 Places = Mapping[str, Sequence[Place]]  # stem of the leaves in the table -> the groups that its layers are in
 
 
@@ -171,9 +174,10 @@ def entries(table: Table, places: Places = {"blocks": (("blocks", 0, 1, 1),)}) -
     out = []
     for template, (leaves, pattern) in table.items():
         stem = next((stem for stem in places if leaves.startswith(f"{stem}/")), None)
-        for name, first, period, _ in [("", 0, 1, 1)] if stem is None else places[stem]:
+        for name, first, period, repeats in [("", 0, 1, 1)] if stem is None else places[stem]:
             for kind in range(period):
                 where = f"{name}/" if period == 1 else f"{name}/{kind}/"
                 mine = tuple(where + leaf.removeprefix(f"{stem}/") if stem else leaf for leaf in leaves.split())
-                out.append(Entry(template, mine, pattern, first + kind, period))
+                theirs = template if repeats else re.sub(r"{\w+}", str(first), template, count=1)
+                out.append(Entry(theirs, mine, pattern, first + kind, period))
     return out

@@ -148,18 +148,19 @@ class Block(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """`repeats` times the kinds of layer `blocks`, one after the other: (local, local, global) x 7.
+    """`repeats` times the kinds of layer `blocks`, one after the other: (local, local, global) x 7; 0 for one layer that is not stacked, because
+    what comes out has another shape than what goes in.
 
     No tuple: Linen would find the modules in it and name them before the Transformer does.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Any, ...]
     repeats: int
     tied: bool = False  # one set of weights for all repeats (ALBERT)
 
     @property
     def layers(self) -> int:
-        return len(self.blocks) * self.repeats
+        return len(self.blocks) * (self.repeats or 1)
 
 
 class Period(nn.Module):
@@ -258,12 +259,13 @@ class Transformer(nn.Module):
         seen, unroll = [], 1 if self.is_initializing() else self.unroll  # fresh weights are drawn once: compiling costs more than copying
         for (name, first, period, repeats), group in zip(self.places()["blocks"], self.groups, strict=True):
             block = group.blocks[0] if period == 1 else Period(group)
-            fold = lambda part, at=first, p=period, r=repeats: part[at : at + p * r].reshape(
-                (r, p, *part.shape[1:]) if p > 1 else (r, *part.shape[1:])
+            fold = lambda part, at=first, n=group.layers, p=period, r=repeats: part[at : at + n].reshape(
+                (*(r,)[: r > 0], *(p,)[: p > 1], *part.shape[1:])
             )
             mine = cache if cache is None or len(self.groups) == period == 1 else jax.tree.map(fold, cache)
             options |= dict(remat=self.remat, unroll=unroll, tied=group.tied)
-            x_BTD, out = stack(block.clone(parent=self, name=name), repeats, x_BTD, mine, **options)
+            x_BTD, out = stack(block.clone(parent=self, name=name), repeats or None, x_BTD, mine, **options)
+            out = out if repeats else jax.tree.map(lambda part: part[None], out)
             seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 

@@ -19,6 +19,7 @@ CASES = {  # the line, the leaves' shapes, the tensor's shape
         {"blocks/q": (L, D, N, H), "blocks/k": (L, D, K, H), "blocks/v": (L, D, K, H)},
         ((N + 2 * K) * H, D),
     ),
+    "a single number": (("h.{l}.count", "blocks/count", ""), {"blocks/count": (L,)}, ()),
     "experts": (("h.{l}.e.{e}.w", "blocks/w", "F D -> D F"), {"blocks/w": (L, E, D, F)}, (F, D)),
 }
 
@@ -45,6 +46,19 @@ def test_a_tensor_is_what_pytorch_multiplies_with():
     (joined,) = entries({"h.{l}.qk": ("blocks/q blocks/k", "D (S N H) -> S D N H")})
     q, k = np.zeros((1, 2, 1, 3)), np.ones((1, 2, 1, 3))
     np.testing.assert_array_equal(joined.write((0,), {"blocks/q": q, "blocks/k": k}.__getitem__), [[0, 0, 0, 1, 1, 1]] * 2)
+
+
+def test_a_layer_apart():
+    """The first of three has another shape and no axis of layers; with an empty pattern a tensor is a single number."""
+    table = {"h.{l}.w": ("blocks/w", "F D -> D F"), "h.{l}.n": ("blocks/n", "")}
+    made = entries(table, {"blocks": [("blocks_0", 0, 1, 0), ("blocks_1", 1, 1, 2)]})
+    leaves = {"blocks_0/w": np.ones((D, F)), "blocks_0/n": np.int32(3), "blocks_1/w": np.ones((2, D, D)), "blocks_1/n": np.arange(2)}
+    shapes = {leaf: w.shape for leaf, w in leaves.items()}
+    written = {name: entry.write(at, leaves.__getitem__) for entry in made for name, at in entry.names(shapes)}
+    assert {name: w.shape for name, w in written.items()} == {
+        "h.0.w": (F, D), "h.1.w": (D, D), "h.2.w": (D, D), "h.0.n": (), "h.1.n": (), "h.2.n": (),
+    }  # fmt: skip
+    assert [int(written[f"h.{i}.n"]) for i in range(3)] == [3, 0, 1]
 
 
 def test_layers_of_two_kinds_and_a_rest():
