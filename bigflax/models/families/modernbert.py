@@ -27,6 +27,7 @@ def build(
     num_attention_heads: int = 12,
     hidden_activation: str = "gelu",
     max_position_embeddings: int = 8192,
+    pad_token_id: int | None = None,  # for transformers alone, whose own default lies outside of a smaller vocabulary
     initializer_range: float = 0.02,
     norm_eps: float = 1e-5,
     norm_bias: bool = False,
