@@ -67,7 +67,7 @@ def build(
     default = lambda i: "sliding_attention" if i % global_attn_every_n_layers else "full_attention"
     first, *others = attention_kinds(layer_types, num_hidden_layers, default)
     later = alternating(others, block) if others else ()
-    before = dict(act=classifier_activation, norm=norm(), dense_bias=classifier_bias, init=init)
+    before: dict[str, Any] = dict(act=classifier_activation, norm=norm(), dense_bias=classifier_bias, init=init)
     pool = pick({"cls": "first", "mean": "mean"}, classifier_pooling, "classifier_pooling")
     heads: dict[Any, Head | None] = {
         None: None,
