@@ -61,6 +61,7 @@ FAMILIES = {
     "qwen3": dict(DECODER, head_dim=8),
     "qwen3_moe": dict(DECODER, **EXPERTS, head_dim=8, norm_topk_prob=True),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
+    "smollm3": dict(DECODER, num_hidden_layers=5, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=4, **rope()),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 # "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written

@@ -12,7 +12,7 @@ from bigflax import nn, trees
 
 FAMILIES = (
     "albert", "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral",
-    "modernbert", "olmo2", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "xlm-roberta",
+    "modernbert", "olmo2", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "smollm3", "xlm-roberta",
 )  # fmt: skip
 
 
