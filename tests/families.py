@@ -67,6 +67,7 @@ FAMILIES = {
     "resnet": dict(embedding_size=6, hidden_sizes=[8, 12, 20], depths=[1, 3, 2]),
     "rnn": dict(embedding_size=12, hidden_size=20, num_hidden_layers=3),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
+    "smollm3": dict(DECODER, num_hidden_layers=5, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=4, **rope()),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 # "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written

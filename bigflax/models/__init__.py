@@ -13,7 +13,7 @@ from bigflax import nn, trees
 FAMILIES = (
     "albert", "bert", "cnn", "convnext", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral",
     "mixtral", "mobilenet_v2", "modernbert", "olmo2", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "resnet", "rnn", "roberta",
-    "xlm-roberta",
+    "smollm3", "xlm-roberta",
 )  # fmt: skip
 
 

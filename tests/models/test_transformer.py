@@ -80,6 +80,7 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("albert", "xxlarge"): 206_368_944,
     ("modernbert", "base"): 149_655_232,
     ("modernbert", "large"): 395_881_664,
+    ("smollm3", "3b"): 3_075_098_624,
     ("distilbert", "base"): 66_985_530,  # with the masked-LM head, tied
     ("electra", "small"): 13_549_057,  # with the discriminator's head
     ("electra", "base"): 109_483_009,
@@ -386,6 +387,7 @@ MISTAKES = {
         "has 'linear_attention'; supported",
     ),
     "list of layers": (dict(name="gemma2", size="tiny", layer_types=["full_attention"] * 3), "lists 3 layers, but the model has 2"),
+    "list of turns": (dict(name="smollm3", size="tiny", no_rope_layers=[1, 0]), "no_rope_layers lists 2 layers, but the model has 4"),
     "remat": (dict(name="gpt2", size="tiny", remat="dot"), "'dot'.*'dots'"),
     "heads": (dict(name="gpt2", size="tiny", n_embd=66), "a width of 66 does not divide over 4 heads; nearest is 64"),
     "pooling": (dict(name="modernbert", size="tiny", classifier_pooling="max"), "unknown classifier_pooling 'max'; there are 'mean'"),

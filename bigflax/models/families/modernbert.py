@@ -27,6 +27,7 @@ def build(
     num_attention_heads: int = 12,
     hidden_activation: str = "gelu",
     max_position_embeddings: int = 8192,
+    pad_token_id: int | None = None,  # for transformers alone, whose own default lies outside of a smaller vocabulary
     initializer_range: float = 0.02,
     norm_eps: float = 1e-5,
     norm_bias: bool = False,
@@ -66,7 +67,7 @@ def build(
     default = lambda i: "sliding_attention" if i % global_attn_every_n_layers else "full_attention"
     first, *others = attention_kinds(layer_types, num_hidden_layers, default)
     later = alternating(others, block) if others else ()
-    before = dict(act=classifier_activation, norm=norm(), dense_bias=classifier_bias, init=init)
+    before: dict[str, Any] = dict(act=classifier_activation, norm=norm(), dense_bias=classifier_bias, init=init)
     pool = pick({"cls": "first", "mean": "mean"}, classifier_pooling, "classifier_pooling")
     heads: dict[Any, Head | None] = {
         None: None,
