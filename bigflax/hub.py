@@ -256,7 +256,9 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
         if name in files and files[name].shape != shape:
             raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
         if name in files and jnp.issubdtype(files[name].dtype, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
-            raise ValueError(f"{name} in {files[name].file!r} is stored as {files[name].dtype}; the model has {kinds[entry.leaves[0]]} there")
+            raise ValueError(
+                f"{name} in {files[name].file!r} is stored as {files[name].dtype}; the model has {kinds[entry.leaves[0]]} there"
+            )
 
     def leaf(name: str, sharding: Any) -> jax.Array:
         if name in new:

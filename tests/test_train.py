@@ -242,8 +242,12 @@ def test_what_axes_call_a_statistic_is_frozen():
 
 
 WRONG_UPDATES = {
-    "a name": ({"meen": jnp.zeros(4)}, {}, "the loss updates 'meen', which is no frozen leaf; frozen are 'mean'"),
-    "what trains": ({"mean": jnp.zeros(4)}, {"freeze": ()}, "'mean', which is no frozen leaf; it trains: pass axes=model.axes to init_state"),
+    "a name": ({"meen": jnp.zeros(4)}, {}, "the loss updates 'meen', which is no frozen leaf; frozen are 'seen', 'mean'"),
+    "what trains": (
+        {"mean": jnp.zeros(4)},
+        {"freeze": ()},
+        "'mean', which is no frozen leaf; it trains: pass axes=model.axes to init_state",
+    ),
     "a shape": ({"mean": jnp.zeros(3)}, {}, r"updates 'mean' of shape \(4,\) with an array of shape \(3,\)"),
 }
 

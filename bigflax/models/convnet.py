@@ -114,7 +114,8 @@ class MaxPool(nn.Module):
     padding: int = 0
 
     def __call__(self, x_BHWC: jax.Array) -> tuple[jax.Array, Updates]:
-        around, each = ((0, 0), *[(self.padding,) * 2] * 2, (0, 0)), lambda n: (1, n, n, 1)
+        edge, each = (self.padding, self.padding), lambda n: (1, n, n, 1)
+        around = ((0, 0), edge, edge, (0, 0))
         return jax.lax.reduce_window(x_BHWC, -jnp.inf, jax.lax.max, each(self.window), each(self.stride), around), {}
 
 
@@ -277,7 +278,9 @@ class ImageHead(nn.Module):
             name, shape = "bhwc"[-x.ndim + 1 :], (*x.shape[1:], self.hidden)
             w = weight(self, "w", shape, f"{'_ ' * (x.ndim - 2)}embed -> mlp", self.init)
             if w.shape != shape:
-                raise ValueError(f"a last state of {list(x.shape[1:])} does not fit a head made for {list(w.shape[:-1])}: other images are needed")
+                raise ValueError(
+                    f"a last state of {list(x.shape[1:])} does not fit a head made for {list(w.shape[:-1])}: other images are needed"
+                )
             x_BF = ops.einsum(f"b{name},{name}f->bf", x, w)
             x = pick(ACTIVATIONS, self.act, "activation")(x_BF + weight(self, "b", (self.hidden,), "mlp", zeros).astype(x_BF.dtype))
         x = dropout(self, x, self.dropout)

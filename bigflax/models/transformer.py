@@ -257,7 +257,9 @@ class Transformer(nn.Module):
                 (*(r,)[: r > 0], *(p,)[: p > 1], *part.shape[1:])
             )
             mine = cache if cache is None or len(self.groups) == period == 1 else jax.tree.map(fold, cache)
-            x_BTD, out = stack(block.clone(parent=self, name=name), repeats or None, x_BTD, mine, remat=self.remat, unroll=unroll, **options)
+            x_BTD, out = stack(
+                block.clone(parent=self, name=name), repeats or None, x_BTD, mine, remat=self.remat, unroll=unroll, **options
+            )
             out = out if repeats else jax.tree.map(lambda part: part[None], out)
             seen.append(out if period == 1 else jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), out))
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)

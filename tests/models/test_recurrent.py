@@ -120,7 +120,9 @@ def test_hidden_states_and_heads():
         got = model.apply(params, input_ids=IDS, attention_mask=RIGHT)["logits"]
         scores = params["head"]["scores"]
         for row, ids, n in zip(got, IDS, LENGTHS, strict=True):
-            np.testing.assert_allclose(row, pooled(states_by_hand(params, ids[:n], bidirectional=True)) @ scores["w"] + scores["b"], **CLOSE)
+            np.testing.assert_allclose(
+                row, pooled(states_by_hand(params, ids[:n], bidirectional=True)) @ scores["w"] + scores["b"], **CLOSE
+            )
 
 
 def test_dropout_is_between_layers_and_needs_a_key():
@@ -141,7 +143,9 @@ def test_remat_changes_nothing():
         assert np.abs(b).max() > 0, name
 
 
-@pytest.mark.parametrize("config", [dict(head=head) for head in models.family("rnn").HEADS] + [dict(head=None, bidirectional=True)], ids=str)
+@pytest.mark.parametrize(
+    "config", [dict(head=head) for head in models.family("rnn").HEADS] + [dict(head=None, bidirectional=True)], ids=str
+)
 def test_saved_and_loaded(config, tmp_path):
     model, params = made(**config, cell="gru")
     bigflax.save(model, params, str(tmp_path))

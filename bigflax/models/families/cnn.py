@@ -35,7 +35,9 @@ def build(
     unroll: int | bool = 1,
 ) -> ConvNet:
     if not 0 < len(hidden_sizes) <= LAYERS or image_size >> len(hidden_sizes) == 0:
-        raise ValueError(f"hidden_sizes {list(hidden_sizes)} are not 1 to {LAYERS} layers, each of which halves an image of {image_size} pixels")
+        raise ValueError(
+            f"hidden_sizes {list(hidden_sizes)} are not 1 to {LAYERS} layers, each of which halves an image of {image_size} pixels"
+        )
     init, parts = normal(initializer_range), []
     for i, features in enumerate(hidden_sizes):
         axes = "embed -> _" if i else "_ -> embed"

@@ -51,7 +51,9 @@ def build(
         near = max(min_depth, int(round(channels) + depth_divisible_by / 2) // depth_divisible_by * depth_divisible_by)
         return near + depth_divisible_by if near < 0.9 * round(channels) else near
 
-    def unit(features: int, kernel: int, stride: int = 1, dilation: int = 1, *, deep: bool = False, act: str | None = hidden_act, axes: str):
+    def unit(
+        features: int, kernel: int, stride: int = 1, dilation: int = 1, *, deep: bool = False, act: str | None = hidden_act, axes: str
+    ):
         conv = Conv(
             features, kernel, stride, "same" if tf_padding else "torch", -1 if deep else 1, dilation, axes="_ -> mlp" if deep else axes, init=init,
         )  # fmt: skip
