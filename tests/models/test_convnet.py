@@ -187,7 +187,9 @@ def batch_of(rows, channels=3, size=32, labels=5, seed=0):
 
 TRAINED = {
     "bottleneck": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[2, 3])),
-    "stride in the first": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 2], downsample_in_bottleneck=True, downsample_in_first_stage=True)),
+    "stride in the first": ("resnet", dict(
+        embedding_size=6, hidden_sizes=[8, 12], depths=[1, 2], downsample_in_bottleneck=True, downsample_in_first_stage=True,
+    )),
     "basic": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[2, 3], layer_type="basic")),
 }  # fmt: skip
 
