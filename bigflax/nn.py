@@ -6,7 +6,8 @@ and a tree of axis strings beside them.
 
 Whatever already stands in a weight's place (int8, LoRA ...) is used as it is: modules multiply through `ops.einsum` and cannot tell.
 Dropout is on when `apply` is given `rng` and off when not; there is no other switch. The activations carry the dtype of computation:
-the embedding casts once, and every product follows its operand.
+the embedding casts once, and every product follows its operand. Running statistics are leaves of the tree like all others, and their new
+values come back among the outputs (models/convnet.py).
 
 Legend: B batch, T time, S key time, D width, F mlp width, N heads, K kv heads, H head width, V vocabulary, L layers.
 Left out on purpose: mutable collections and lazily inferred shapes of outputs (a shape is written or follows from the input).
@@ -103,7 +104,8 @@ class _Named(meta.AxisMetadata):
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: str, init: Initializer = NORMAL) -> Any:
-    """One float32 weight of `module` and the names of its axes (weights.py explains the string). What is already there passes untouched."""
+    """One weight of `module`, float32 unless `init` makes a number of another kind, and the names of its axes (weights.py explains the string).
+    What is already there passes untouched."""
     if module.has_variable("params", name):  # `param` would check the shape, and refuse a typed weight
         there = module.get_variable("params", name)
         return there.value if isinstance(there, _Named) else there  # a stack of tied layers looks again while it is being made

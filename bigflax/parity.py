@@ -45,6 +45,8 @@ def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: i
     folder = hub.fetch(source)
     model, params = hub.load(folder, dtype="float32")
     kind = models.family(model.family).HEADS[model.config["head"]][0]
+    if not hasattr(transformers, kind) or "input_ids" not in model.module.example():
+        raise ValueError(f"parity feeds tokens to what transformers has too, and {model.family} is not of that kind")
     theirs = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
     ours = jax.jit(functools.partial(model.apply, hidden_states=True))
 

@@ -5,8 +5,9 @@
     for batch in loader:
         state, metrics = step(state, batch)
 
-`loss_fn(params, batch, rng)` returns a loss, `(loss, metrics)`, or `(loss, metrics, updates)`. Loss and metrics are scalars or `Mean(total, count)`; with a Mean, the
-gradient is that of sum(total) / sum(count) over all micro-batches and hosts, however unevenly tokens fall on them. The state's randomness is
+`loss_fn(params, batch, rng)` returns a loss, `(loss, metrics)`, or `(loss, metrics, updates)`. Loss and metrics are scalars or
+`Mean(total, count)`; with a Mean, the gradient is that of sum(total) / sum(count) over all micro-batches and hosts, however unevenly tokens
+fall on them. The state's randomness is
 a function of (seed, step), so a resumed run needs no key. Nothing here knows of Flax: `init` is any function from a key to a tree of arrays,
 or such a tree.
 

@@ -47,7 +47,7 @@ lookup(put(jnp.ones((64, 32)), "tensor", "fsdp"), put(jnp.ones((8, 16), jnp.int3
 """
 
 STEP = """
-import sys
+import inspect, sys
 import jax, jax.numpy as jnp
 from bigflax import models, optim, sharding, tasks, train
 
@@ -58,13 +58,17 @@ def step(family, config, sizes, packed, chunk):
     state = train.state_like(model.init, tx, mesh=mesh, axes=model.axes)
     of = lambda shape, dtype: jax.ShapeDtypeStruct((16, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     batch = {name: of((64,) if x.dtype == jnp.int32 else x.shape[1:], x.dtype) for name, x in model.module.example().items()}
-    if "head" in jax.eval_shape(lambda params, batch: model.apply(params, logits=False, **batch), model.shapes(), batch):
+    tokens = "logits" in inspect.signature(type(model.module).__call__).parameters
+    if tokens and "head" in jax.eval_shape(lambda params, batch: model.apply(params, logits=False, **batch), model.shapes(), batch):
         loss = tasks.token_loss(model, chunk=chunk)
         batch["labels"] = of((64,), jnp.int32)
         batch |= {"position_ids": batch["labels"], "segment_ids": batch["labels"]} if packed else {}
     else:
         squares = lambda out: sum(jnp.mean(jnp.square(x)) for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating))
-        loss = lambda params, batch, rng: squares(model.apply(params, rng=rng, **batch))
+        def loss(params, batch, rng):
+            out = dict(model.apply(params, rng=rng, **batch))
+            updates = out.pop("updates", {})
+            return squares(out), {}, updates
     train.train_step(loss, tx, state).compiled.lower(state._replace(frozen=None), state.frozen, batch).compile()
 
 for case in eval(sys.argv[1]):

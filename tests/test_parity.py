@@ -53,6 +53,15 @@ def test_a_wrong_layer_is_named(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("family", ["cnn", "resnet", "rnn"])
+def test_what_is_not_compared(family, tmp_path):
+    pytest.importorskip("transformers")
+    model = models.create(family, size="tiny", head=None)
+    bigflax.save(model, jax.jit(model.init)(jax.random.key(0)), str(tmp_path))
+    with pytest.raises(ValueError, match=f"parity feeds tokens to what transformers has too, and {family} is not"):
+        parity.compare(str(tmp_path))
+
+
 @pytest.mark.skipif(HAS_TORCH, reason="PyTorch is here")
 def test_without_pytorch_it_says_what_to_install(tmp_path, capsys):
     assert main(["parity", str(tmp_path), "--cache="]) == 2

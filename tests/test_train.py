@@ -242,7 +242,7 @@ def test_what_axes_call_a_statistic_is_frozen():
 
 
 WRONG_UPDATES = {
-    "a name": ({"meen": jnp.zeros(4)}, {}, "the loss updates 'meen', which is no frozen leaf; frozen are 'mean'"),
+    "a name": ({"meen": jnp.zeros(4)}, {}, "the loss updates 'meen', which is no frozen leaf; frozen are 'seen', 'mean'"),
     "what trains": (
         {"mean": jnp.zeros(4)},
         {"freeze": ()},

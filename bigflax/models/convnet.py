@@ -114,7 +114,8 @@ class MaxPool(nn.Module):
     padding: int = 0
 
     def __call__(self, x_BHWC: jax.Array) -> tuple[jax.Array, Updates]:
-        around, each = ((0, 0), *[(self.padding,) * 2] * 2, (0, 0)), lambda n: (1, n, n, 1)
+        edge, each = (self.padding, self.padding), lambda n: (1, n, n, 1)
+        around = ((0, 0), edge, edge, (0, 0))
         return jax.lax.reduce_window(x_BHWC, -jnp.inf, jax.lax.max, each(self.window), each(self.stride), around), {}
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax import ops
-from bigflax.nn import Initializer, dropout, weight, zeros
+from bigflax.nn import Initializer, dropout, weight
 from bigflax.sharding import constrain
 
 

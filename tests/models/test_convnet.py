@@ -187,13 +187,19 @@ def batch_of(rows, channels=3, size=32, labels=5, seed=0):
 
 TRAINED = {
     "bottleneck": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[2, 3])),
-    "stride in the first": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 2], downsample_in_bottleneck=True, downsample_in_first_stage=True)),
+    "stride in the first": ("resnet", dict(
+        embedding_size=6, hidden_sizes=[8, 12], depths=[1, 2], downsample_in_bottleneck=True, downsample_in_first_stage=True,
+    )),
     "basic": ("resnet", dict(embedding_size=6, hidden_sizes=[8, 12], depths=[2, 3], layer_type="basic")),
-    "mobilenet": ("mobilenet_v2", dict(depth_multiplier=0.25, classifier_dropout_prob=0.0, tf_padding=False, output_stride=8)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family, config", TRAINED.values(), ids=TRAINED)
+SLOW = pytest.param(
+    "mobilenet_v2", dict(depth_multiplier=0.25, classifier_dropout_prob=0.0, tf_padding=False, output_stride=8), id="mobilenet", marks=pytest.mark.slow
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family, config", [*(pytest.param(*case, id=name) for name, case in TRAINED.items()), SLOW])
 def test_two_steps_with_batch_statistics_are_those_of_pytorch(family, config, tmp_path, monkeypatch):
     """PyTorch in its training mode beside `train_step`, SGD: every weight and every statistic, through the files."""
     torch = pytest.importorskip("torch")
@@ -227,14 +233,17 @@ def test_two_steps_with_batch_statistics_are_those_of_pytorch(family, config, tm
         assert got[name].dtype == w.dtype and np.abs(got[name] - w).max() <= 1e-3 * max(np.abs(w).max(), 1e-3), name
 
 
+SMALL = dict(embedding_size=8, hidden_sizes=(16,), depths=(3,), num_labels=5)
+
+
 def states_after(sizes, *, accumulate=1, rows=16, steps=2):
     count = int(np.prod(list(sizes.values())))
     mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:count])
-    model, tx = models.create("resnet", size="tiny", num_labels=5), optax.sgd(0.01)
+    model, tx = models.create("resnet", size="tiny", **SMALL), optax.sgd(0.01)
     state = train.init_state(model.init, tx, mesh=mesh, axes=model.axes)
     step = train.train_step(squares(model), tx, state, accumulate=accumulate)
     for seed in range(steps):
-        state, metrics = step(state, jax.device_put(batch_of(rows, seed=seed), sharding.batch_sharding(mesh)))
+        state, metrics = step(state, jax.device_put(batch_of(rows, size=16, seed=seed), sharding.batch_sharding(mesh)))
     assert step.compiled._cache_size() == 1
     return jax.device_get(state.weights), float(metrics["loss"].value)
 
@@ -256,15 +265,15 @@ def test_eight_devices_are_one(sizes):
 
 def test_micro_batches_average_their_statistics():
     """Each normalizes by its own; the running ones move once, towards the mean of theirs."""
-    model = models.create("resnet", size="tiny", num_labels=5)
+    model = models.create("resnet", size="tiny", **SMALL)
     params = jax.jit(model.init)(jax.random.key(0))
-    batch = batch_of(16)
+    batch = batch_of(16, size=16)
     apply = jax.jit(lambda x: model.apply(params, rng=jax.random.key(0), pixel_values=x)["updates"])
     halves = [apply(batch["pixel_values"][i::2]) for i in range(2)]
     got = dict(trees.named_leaves(states_after({"data": 1}, accumulate=2, steps=1)[0]))
     for name, a in halves[0].items():
         np.testing.assert_allclose(got[name], (a + halves[1][name]) / 2, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert got["stages_1/blocks_1/body/0/norm/count"].tolist() == [1, 1]
+    assert got["stages_0/blocks_1/body/0/norm/count"].tolist() == [1, 1]
 
 
 def test_statistics_are_neither_optimized_nor_decayed_and_a_checkpoint_has_them(tmp_path):
@@ -315,6 +324,18 @@ def test_a_small_network_learns_digits_of_its_own():
     for seed in range(60):
         state, _ = step(state, bars(seed))
     assert train.evaluate(train.eval_step(loss_fn), state.weights, [bars(100 + i) for i in range(4)])["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("family", ["cnn", "convnext", "mobilenet_v2", "resnet"])
+def test_axes_name_every_dimension_and_what_is_a_statistic(family):
+    model = models.create(family, size="tiny")
+    axes = dict(trees.named_leaves(model.axes))
+    for name, leaf in trees.named_leaves(model.shapes()):
+        ax = weights.parse_axes(axes[name])
+        assert len(ax.names) == len(leaf.shape), name
+        assert ("statistic" in ax.names) == name.endswith(("norm/mean", "norm/var")), name
+        assert leaf.dtype == (jnp.int32 if name.endswith("/count") else jnp.float32), name
+        assert bool(ax.first) == name.rsplit("/", 1)[-1].startswith(("w", "up", "down")) or name.endswith("bias"), name  # what decays
 
 
 # -- the small network beside PyTorch's modules ----------------------------------------------------------------------------

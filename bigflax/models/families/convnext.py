@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bigflax.models.convnet import Conv, ConvNet, ConvNextBlock, Group, ImageHead, Layers, Patches, Stage, Parts
+from bigflax.models.convnet import Conv, ConvNet, ConvNextBlock, Group, ImageHead, Layers, Parts, Patches, Stage
 from bigflax.models.families import resnet
 from bigflax.models.families.bert import layer, norm_lines
 from bigflax.nn import Mlp, Norm, normal, pick
@@ -52,7 +52,7 @@ def build(
     def stage(i: int, features: int, depth: int) -> Stage:
         conv = lambda kernel, **how: Conv(features, kernel, bias=True, init=init, **how)
         block = ConvNextBlock(
-            conv(7, groups=-1, axes="_ -> embed"), norm(), Mlp(4 * features, hidden_act, bias=True, init=init, out_init=init),
+            conv(7, groups=-1, axes="_ -> _"), norm(), Mlp(4 * features, hidden_act, bias=True, init=init, out_init=init),
             layer_scale_init_value,
         )  # fmt: skip
         down = Patches(conv(2, stride=2, padding="valid", axes="embed -> _"), norm(), norm_first=True) if i else None
