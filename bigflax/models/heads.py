@@ -9,6 +9,7 @@ the others return the outputs themselves, under the names of the transformers li
     token_classification      logits [B, T, C]
     question_answering        start_logits, end_logits [B, T]
     embedding                 sentence_embedding [B, D]: the mean over real tokens, of length 1
+    image_classification      logits [B, C]; with a teacher cls_logits and distillation_logits too (vision.py)
     None                      nothing, or an encoder's pooler_output [B, D]
 
 Left out on purpose: losses (tasks.py). Shapes: B batch, T time, D width, V vocabulary, C labels.
@@ -55,8 +56,8 @@ class MlmHead(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """One row of scores a sequence: from its first token, its last real one, or the mean of the real ones; `act` names that of a layer
-    between, None for no layer. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
+    """One row of scores a sequence: from its first token, its last real one, or the mean of the real ones, normed where there is a `norm`;
+    `act` names that of a layer between, None for no layer. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
 
     labels: int
     pool: str = "first"
@@ -64,10 +65,12 @@ class SequenceHead(nn.Module):
     bias: bool = True
     dropout: float = 0.0
     init: Initializer = NORMAL
+    norm: Norm | None = None
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD=None, real_BT=None):
         x_BD = pick(POOLS, self.pool, "pooling")(x_BTD, jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT)
+        x_BD = x_BD if self.norm is None else self.norm(x_BD)
         if self.act is not None:
             x_BD = pick(ACTIVATIONS, self.act, "activation")(Linear(x_BD.shape[-1], "embed -> _", init=self.init, name="dense")(x_BD))
         if not self.labels:
