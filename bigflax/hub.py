@@ -33,7 +33,12 @@ HARMLESS = (
     "architectures model_type transformers_version _name_or_path _commit_hash torch_dtype dtype use_cache auto_map task_specific_params "
     "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class "
     "id2label label2id num_labels problem_type finetuning_task output_attentions output_hidden_states return_dict return_dict_in_generate "
-    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length"
+    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length "
+    # how to generate, and with which library: older versions wrote all of it into every config, those inside of others included
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty suppress_tokens temperature tf_legacy_loss "
+    "top_k top_p torchscript typical_p use_bfloat16"
 ).split()
 # What it may say only like this: anything else is another function.
 FIXED = {
@@ -42,11 +47,15 @@ FIXED = {
     "is_decoder": False,
     "add_cross_attention": False,
     "quantization_config": None,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
 }
 OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a family that are no fields of its config
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
+PROCESSOR_FILES = r"(pre)?processor_config\.json"  # of images and sounds
 SHARD_BYTES = 5 * 2**30
 
 
@@ -118,20 +127,34 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
         raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
     home = models.family(kind)
     renamed = getattr(home, "RENAMED", {})
-    said, fixed = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}, {**FIXED, **home.FIXED}
-    known = [name for name in inspect.signature(home.build).parameters if name not in OURS]
-    for field, value in said.items():
-        if field in fixed and value not in (fixed[field], None):
-            raise ValueError(f"{folder!r} says {field} = {value!r}, and {kind} is supported with {fixed[field]!r} only")
-        harmless = field in HARMLESS or any(re.fullmatch(pattern, field) for pattern in home.IGNORED)
-        if field not in known and field not in fixed and not harmless:
-            raise ValueError(
-                f"{folder!r} has the field {field!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
-            )
-    config = {field: value for field, value in said.items() if field in known}
-    if labels := len(said.get("id2label") or ()) or said.get("num_labels"):
+    said = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}
+    parts = {part: models.part_fields(build) for part, build in getattr(home, "PARTS", {}).items()}
+    for part, known in parts.items():
+        older = said.pop(f"{part}_dict", None)  # of CLIP's first configs: what it says holds, and what it does not say has its default
+        said[part] = {**(said.get(part) or {}), **({**known, **older} if older else {})}
+    config = _known(said, [name for name in inspect.signature(home.build).parameters if name not in OURS], kind, folder)
+    for part, known in parts.items():
+        config[part] = _known(said[part], list(known), kind, folder, f"{part}.")
+    labels = len(said.get("id2label") or ()) or said.get("num_labels")
+    if labels and "num_labels" in inspect.signature(home.build).parameters:
         config["num_labels"] = labels
     return kind, config
+
+
+def _known(said: Mapping[str, Any], known: list[str], kind: str, folder: str, path: str = "") -> dict[str, Any]:
+    """The fields of a config, or of that at `path` inside of it, that are arguments. Raises ValueError for what we do not compute."""
+    home = models.family(kind)
+    fixed = {**{path + field: value for field, value in FIXED.items()}, **home.FIXED}
+    for field, value in said.items():
+        name = path + field
+        if name in fixed and value not in (fixed[name], None):
+            raise ValueError(f"{folder!r} says {name} = {value!r}, and {kind} is supported with {fixed[name]!r} only")
+        harmless = field in HARMLESS or any(re.fullmatch(pattern, name) for pattern in home.IGNORED)
+        if field not in known and name not in fixed and not harmless:
+            raise ValueError(
+                f"{folder!r} has the field {name!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
+            )
+    return {field: value for field, value in said.items() if field in known}
 
 
 def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +245,9 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     home = models.family(model.family)
     prefix = home.PREFIX if prefixed else ""
     strip = lambda name: prefix + name.removeprefix(home.PREFIX) if name.startswith(home.PREFIX) else name
-    table = {prefix + name: line for name, line in home.NAMES.items()}
+    # a function of the config where one leaf has other names in other variants
+    body = home.NAMES(model.config) if callable(home.NAMES) else home.NAMES
+    table = {prefix + name: line for name, line in body.items()}
     table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
     there = {name for name, _ in trees.named_leaves(model.shapes())}
     wanted = [entry for entry in names.entries(table, model.module.places()) if there.issuperset(entry.leaves)]
@@ -276,7 +301,7 @@ def _list(items: Any) -> str:
 def save(
     model: Model, params: Any, folder: str, *, dtype: Any = None, merge: bool = False, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
+    """Writes config.json, safetensors of at most `shard_bytes` each with their index, files of tokenizer and processor.
 
     `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
     `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded.
@@ -307,6 +332,8 @@ def save(
         return
     _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
     _copy_tokenizer(tokenizer or model.source, folder)
+    if model.source:
+        _copy_files(model.source, folder, PROCESSOR_FILES)
 
 
 def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
@@ -362,8 +389,11 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
     said = read_config(model.source) if model.source else {}
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
         fields = {k: v for k, v in fields.items() if not k.startswith("rope_") and k != "partial_rotary_factor"}
-    labels = model.config["num_labels"]
-    if labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
+    for part in getattr(home, "PARTS", {}):
+        said.pop(f"{part}_dict", None)
+        fields[part] = {**(said.get(part) or {}), **fields[part]}
+    labels = model.config.get("num_labels")
+    if labels is not None and labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
         fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
     stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
@@ -375,10 +405,14 @@ def _copy_tokenizer(tokenizer: Any, folder: str) -> None:
     if not isinstance(tokenizer, str | os.PathLike):
         tokenizer.save(folder)
         return
-    if os.path.abspath(tokenizer) != os.path.abspath(folder):
-        for name in sorted(os.listdir(tokenizer)):
-            if re.fullmatch(TOKENIZER_FILES, name):
-                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(folder, name))
+    _copy_files(tokenizer, folder, TOKENIZER_FILES)
+
+
+def _copy_files(source: str | os.PathLike, folder: str, wanted: str) -> None:
+    if os.path.abspath(source) != os.path.abspath(folder):
+        for name in sorted(os.listdir(source)):
+            if re.fullmatch(wanted, name):
+                shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def _replace(path: str, text: str) -> None:

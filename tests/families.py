@@ -1,5 +1,6 @@
 """One tiny config a family, as transformers has it, and inputs for it: shared by the tests that compare with PyTorch and with stored outputs."""
 
+import tempfile
 import zlib
 
 import numpy as np
@@ -13,18 +14,37 @@ HEADS = (
     "question_answering",
     "discriminator",
     "embedding",
+    "image_classification",
+    "image_classification_with_teacher",
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {}
+READS: dict[str, str] = {
+    **dict.fromkeys(("vit", "deit"), "images"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "images of any size"),
+    **dict.fromkeys(("clip", "siglip"), "pair"),
+}
 OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
+# images that are neither square nor cut without a rest
+VISION = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, image_size=(12, 17), patch_size=4)
+DINO = dict({k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2, image_size=13, layerscale_value=0.5)
+TOWERS = dict(  # of different widths and lengths
+    text_config=dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=36, max_position_embeddings=LONGEST, vocab_size=VOCAB),
+    vision_config=dict(VISION, image_size=13),
+)
+END = 3  # of a text, in the family that looks for it
+towers = lambda **text: dict(text_config=dict(TOWERS["text_config"], **text), vision_config=TOWERS["vision_config"])
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "bert": COMMON,
+    "clip": dict(**towers(eos_token_id=END, pad_token_id=0, bos_token_id=1), projection_dim=20),
+    "deit": VISION,
+    "dinov2": DINO,
+    "dinov2_with_registers": dict(DINO, use_swiglu_ffn=True, num_register_tokens=2),
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
     "gemma": dict(**DECODER, head_dim=8, **rope()),
@@ -50,6 +70,8 @@ FAMILIES = {
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(DECODER, head_dim=8),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
+    "siglip": towers(projection_size=24, eos_token_id=2, pad_token_id=0, bos_token_id=1),
+    "vit": VISION,
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 LABELS = 5
@@ -57,19 +79,20 @@ LABELS = 5
 
 def torch_model(family, head):
     """A model of transformers in evaluation mode, every weight drawn by its name (a bias that is forgotten must be missed)."""
-    import torch
     import transformers
+    from safetensors.numpy import save_file
 
     from bigflax import models
 
     labels = 2 if head == "question_answering" else LABELS  # start and end
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
     config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
-    model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
-    return model
+    kind = getattr(transformers, models.family(family).HEADS[head][0])
+    with tempfile.TemporaryDirectory() as folder:  # drawn by the names in the file, which are not always those in the module
+        kind(config).save_pretrained(folder)
+        tensors = {name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}
+        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        return kind.from_pretrained(folder).eval()
 
 
 def drawn(name, shape):
@@ -81,7 +104,7 @@ def drawn(name, shape):
         name = name.replace(module, file)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     is_scale = len(shape) == 1 and name.endswith("weight")
-    return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
+    return np.asarray(rng.normal(size=shape) * 0.2 + is_scale, np.float32)
 
 
 def kinds(family):
@@ -110,8 +133,26 @@ def _tokens(family, kind, rng):
     return given, [real]
 
 
+def _images(family, kind, rng):
+    size = dict(FAMILIES[family].get("vision_config", FAMILIES[family]))["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    height, width = {"larger": (2 * height, 3 * width), "smaller": (height - 4, width)}.get(kind, (height, width))
+    return {"pixel_values": rng.normal(size=(3, 3, height, width)).astype(np.float32)}, []
+
+
+def _pair(family, kind, rng):
+    given, reals = _tokens(family, kind, rng)
+    length = reals[0].sum(1)
+    given["input_ids"] = np.where(given["input_ids"] == END, END + 1, given["input_ids"])
+    given["input_ids"][np.arange(3), length - 1] = END
+    return given | _images(family, kind, rng)[0], reals
+
+
 # what a family reads -> (maker of inputs, their kinds)
-READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest"))}
+READERS = {
+    "tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",)),
+    "images of any size": (_images, ("plain", "larger", "smaller")), "pair": (_pair, ("plain", "padded right")),
+}  # fmt: skip
 
 
 def masked(x, reals):
@@ -134,7 +175,8 @@ def outputs(out):
 def labels_for(out):
     """Random targets for the outputs that a loss is taken of."""
     rng = np.random.default_rng(0)
-    trained = [name for name in SCORES if name in out] or [name for name in ("last_hidden_state", "pooler_output") if name in out]
+    states = ("last_hidden_state", "pooler_output", "text_embeds", "image_embeds", "logits_per_text")
+    trained = [name for name in SCORES if name in out] or [name for name in states if name in out]
     return {name: rng.normal(size=out[name].shape).astype(np.float32) for name in trained}
 
 

@@ -52,6 +52,9 @@ def both(family, head, saved, **given):
     with torch.no_grad():
         at = {"position_ids": given["position_ids"] + 1} if "position_ids" in given and "roberta" in family else {}  # rows; padding's is 0
         want = theirs(**{name: torch.from_numpy(np.asarray(x)) for name, x in (given | at).items()}, output_hidden_states=True)
+    want = dict(want)
+    for tower in {"text", "vision"} & {name.removesuffix("_model_output") for name in want}:
+        want[f"{tower}_hidden_states"] = want[f"{tower}_model_output"].hidden_states
     model, params = bigflax.load(folder, **({"head": "embedding"} if head == "embedding" else {}))
     got = jax.jit(functools.partial(model.apply, hidden_states=True))(params, **given)
     return got, want
@@ -68,7 +71,7 @@ def test_outputs(family, head, kind, saved):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             near(masked(a, reals), masked(b, reals), f"{name} {i}")
     if head == "embedding":
-        h, m = want.last_hidden_state.numpy(), reals[0][..., None]
+        h, m = want["last_hidden_state"].numpy(), reals[0][..., None]
         mean = (h * m).sum(1) / m.sum(1)
         near(got["sentence_embedding"], mean / np.linalg.norm(mean, axis=-1, keepdims=True))
 
