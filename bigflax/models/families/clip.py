@@ -17,7 +17,7 @@ from bigflax.nn import Linear, head_width, normal, pick
 _SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 SIZES = {
     "tiny": dict(
-        text_config=dict(_SMALL, vocab_size=256, max_position_embeddings=32, eos_token_id=255),
+        text_config=dict(_SMALL, vocab_size=256, max_position_embeddings=64, eos_token_id=255),
         vision_config=dict(_SMALL, image_size=32, patch_size=8), projection_dim=32,
     ),
     "base-patch32": dict(),

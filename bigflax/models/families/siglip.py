@@ -21,7 +21,7 @@ _LARGE = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, nu
 _SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
 SIZES = {
     "tiny": dict(
-        text_config=dict(_SMALL, vocab_size=256, max_position_embeddings=32), vision_config=dict(_SMALL, image_size=32, patch_size=8),
+        text_config=dict(_SMALL, vocab_size=256, max_position_embeddings=64), vision_config=dict(_SMALL, image_size=32, patch_size=8),
     ),
     "base-patch16-224": dict(),
     "large-patch16-256": dict(text_config=_LARGE, vision_config=dict(_LARGE, image_size=256)),
