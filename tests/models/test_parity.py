@@ -15,7 +15,7 @@ import pytest
 from families import FAMILIES, HEADS, OURS_ALONE, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
 
 import bigflax
-from bigflax import models
+from bigflax import models, tasks
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install 'bigflax[parity]'")
 pytest.importorskip("transformers")
@@ -121,6 +121,21 @@ def test_saved_again_it_is_the_same_file(family, head, saved, tmp_path):
     back = type(theirs).from_pretrained(tmp_path)
     for name, w in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], w), name
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "pixel_values" in inputs(family)[0] and "input_ids" in inputs(family)[0]])
+def test_the_loss_of_pairs(family, saved):
+    """Its value and the gradients of the learned scale and bias."""
+    theirs, folder = saved(family, None)
+    given, _ = inputs(family, "padded right")
+    want = theirs(**{name: torch.from_numpy(x) for name, x in given.items()}, return_loss=True).loss
+    theirs.zero_grad()
+    want.backward()
+    model, params = bigflax.load(folder)
+    loss, grads = jax.value_and_grad(lambda params: tasks.contrastive(model)(params, given)[0].value)(params)
+    near(loss, want.item())
+    for name in {"logit_scale", "logit_bias"} & params.keys():
+        near(grads[name], getattr(theirs, name).grad.numpy().reshape(()), name)
 
 
 def test_every_head_is_compared():
