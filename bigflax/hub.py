@@ -55,7 +55,7 @@ OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a fami
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
-PROCESSOR_FILES = r"(pre)?processor_config\.json"  # of images and sounds
+CARRIED = r"(generation|preprocessor|processor)_config\.json"  # what else of a loaded folder stays true
 SHARD_BYTES = 5 * 2**30
 
 
@@ -67,7 +67,8 @@ def load(
 ) -> tuple[Model, Any]:
     """`(model, params)` of a folder or hub id.
 
-    `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new.
+    `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new, and
+    so are the scores of a head that is asked for with another `num_labels`.
     `dtype` is that of weights and computation, by default the stored one. With a `mesh` the weights lie on it by `table`. `changes` are
     further arguments of the family: `remat="full"`. Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
@@ -82,7 +83,7 @@ def load(
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
     model = dataclasses.replace(model, source=folder)
     where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
-    return model, _read(model, files, dtype, where, folder, fresh=head != "")
+    return model, _read(model, files, dtype, where, folder, fresh=head != "", relabelled="num_labels" in changes)
 
 
 def fetch(source: str) -> str:
@@ -144,12 +145,12 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
 def _known(said: Mapping[str, Any], known: list[str], kind: str, folder: str, path: str = "") -> dict[str, Any]:
     """The fields of a config, or of that at `path` inside of it, that are arguments. Raises ValueError for what we do not compute."""
     home = models.family(kind)
-    fixed = {**{path + field: value for field, value in FIXED.items()}, **home.FIXED}
     for field, value in said.items():
         name = path + field
+        harmless = field in HARMLESS or any(re.fullmatch(pattern, name) for pattern in home.IGNORED)
+        fixed = home.FIXED if harmless else {**{path + f: v for f, v in FIXED.items()}, **home.FIXED}
         if name in fixed and value not in (fixed[name], None):
             raise ValueError(f"{folder!r} says {name} = {value!r}, and {kind} is supported with {fixed[name]!r} only")
-        harmless = field in HARMLESS or any(re.fullmatch(pattern, name) for pattern in home.IGNORED)
         if field not in known and name not in fixed and not harmless:
             raise ValueError(
                 f"{folder!r} has the field {name!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
@@ -245,9 +246,8 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     home = models.family(model.family)
     prefix = home.PREFIX if prefixed else ""
     strip = lambda name: prefix + name.removeprefix(home.PREFIX) if name.startswith(home.PREFIX) else name
-    # a function of the config where one leaf has other names in other variants
-    body = home.NAMES(model.config) if callable(home.NAMES) else home.NAMES
-    table = {prefix + name: line for name, line in body.items()}
+    base = home.names(model.config) if hasattr(home, "names") else home.NAMES
+    table = {prefix + name: line for name, line in base.items()}
     table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
     there = {name for name, _ in trees.named_leaves(model.shapes())}
     wanted = [entry for entry in names.entries(table, model.module.places()) if there.issuperset(entry.leaves)]
@@ -259,7 +259,7 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     return wanted
 
 
-def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, folder: str, *, fresh: bool) -> Any:
+def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, folder: str, *, fresh: bool, relabelled: bool) -> Any:
     home = models.family(model.family)
     files = {name.removeprefix(home.PREFIX): tensor for name, tensor in files.items()}
     shapes = {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
@@ -267,9 +267,10 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     for entry in lines(model):
         owner |= dict.fromkeys(entry.leaves, entry)
         expected |= {name: (entry, entry.shape(shapes)) for name, _ in entry.names(shapes)}
-    absent = {name for name in expected if name not in files}
+    other = lambda name: relabelled and expected[name][0].leaves[0].startswith("head/") and files[name].shape != expected[name][1]
+    absent = {name for name in expected if name not in files or other(name)}
     new = {leaf for name in absent for leaf in expected[name][0].leaves}
-    if new and not (fresh and all(leaf.startswith("head/") for leaf in new)):
+    if new and not ((fresh or relabelled) and all(leaf.startswith("head/") for leaf in new)):
         raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
     tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"(lm_head|embed_out)\.weight"]
     heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
@@ -277,7 +278,7 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
         raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
     for name, (_, shape) in expected.items():
-        if name in files and files[name].shape != shape:
+        if name not in absent and files[name].shape != shape:
             raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
 
     def leaf(name: str, sharding: Any) -> jax.Array:
@@ -301,10 +302,11 @@ def _list(items: Any) -> str:
 def save(
     model: Model, params: Any, folder: str, *, dtype: Any = None, merge: bool = False, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes config.json, safetensors of at most `shard_bytes` each with their index, files of tokenizer and processor.
+    """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
 
     `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
-    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded.
+    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded, as do the
+    configs of generation and preprocessing.
     """
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
@@ -331,9 +333,11 @@ def save(
     if jax.process_index() != 0:
         return
     _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
-    _copy_tokenizer(tokenizer or model.source, folder)
-    if model.source:
-        _copy_files(model.source, folder, PROCESSOR_FILES)
+    _copy(CARRIED, model.source, folder)
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        _copy(TOKENIZER_FILES, tokenizer or model.source, folder)
+    else:
+        tokenizer.save(folder)
 
 
 def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
@@ -399,20 +403,13 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
 
 
-def _copy_tokenizer(tokenizer: Any, folder: str) -> None:
-    if tokenizer is None:
+def _copy(pattern: str, source: Any, folder: str) -> None:
+    """The files of `source`, where there is one, whose whole names match."""
+    if source is None or os.path.abspath(source) == os.path.abspath(folder):
         return
-    if not isinstance(tokenizer, str | os.PathLike):
-        tokenizer.save(folder)
-        return
-    _copy_files(tokenizer, folder, TOKENIZER_FILES)
-
-
-def _copy_files(source: str | os.PathLike, folder: str, wanted: str) -> None:
-    if os.path.abspath(source) != os.path.abspath(folder):
-        for name in sorted(os.listdir(source)):
-            if re.fullmatch(wanted, name):
-                shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    for name in sorted(os.listdir(source)):
+        if re.fullmatch(pattern, name):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def _replace(path: str, text: str) -> None:

@@ -3,9 +3,9 @@
     bigflax parity FOLDER
 
 Inputs: plain rows, rows padded on the right and on the left, the longest row that the model takes (up to `longest`), two token types where
-it knows them, and documents packed into one row, which PyTorch reads one by one; images for a model that takes them. For each: the largest absolute difference of the outputs,
-the same relative to PyTorch's largest entry, and for logits the mean KL divergence and how often the first choice agrees; and the first
-hidden state (0 is the embedding) that differs by more than the tolerance.
+it knows them, and documents packed into one row, which PyTorch reads one by one; images where it takes them, beside the rows or alone. For
+each: the largest absolute difference of the outputs, the same relative to PyTorch's largest entry, and for logits the mean KL divergence and
+how often the first choice agrees; and the first hidden state (0 is the embedding) that differs by more than the tolerance.
 
 The only module that imports PyTorch. Left out on purpose: gradients, which tests/models/test_parity.py compares for every family.
 """

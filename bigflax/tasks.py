@@ -71,7 +71,9 @@ def contrastive(model: Model) -> LossFn:
     def loss_fn(params, batch, rng=None):
         out = model.apply(params, rng=rng, logits=False, **batch)
         if not {"text_embeds", "image_embeds"} <= out.keys():
-            raise ValueError(f"a contrastive loss needs text_embeds and image_embeds; the model gives {', '.join(out)} for {', '.join(batch)}")
+            raise ValueError(
+                f"a contrastive loss needs text_embeds and image_embeds; the model gives {', '.join(out)} for {', '.join(batch)}"
+            )
         texts, images, scale = out["text_embeds"], out["image_embeds"], out["logit_scale"]
         if "logit_bias" in out:
             losses_B = losses.sigmoid_contrastive(texts, images, scale, out["logit_bias"])

@@ -2,6 +2,7 @@
 
 import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +34,9 @@ rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=
 VISION = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, image_size=(12, 17), patch_size=4)
 DINO = dict({k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2, image_size=13, layerscale_value=0.5)
 TOWERS = dict(  # of different widths and lengths
-    text_config=dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=36, max_position_embeddings=LONGEST, vocab_size=VOCAB),
+    text_config=dict(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=36, max_position_embeddings=LONGEST, vocab_size=VOCAB
+    ),
     vision_config=dict(VISION, image_size=13),
 )
 END = 3  # of a text, in the family that looks for it
@@ -78,7 +81,7 @@ LABELS = 5
 
 
 def torch_model(family, head):
-    """A model of transformers in evaluation mode, every weight drawn by its name (a bias that is forgotten must be missed)."""
+    """A model of transformers in evaluation mode, every weight drawn by its name in the file (a bias that is forgotten must be missed)."""
     import transformers
     from safetensors.numpy import save_file
 
@@ -88,10 +91,10 @@ def torch_model(family, head):
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
     config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
     kind = getattr(transformers, models.family(family).HEADS[head][0])
-    with tempfile.TemporaryDirectory() as folder:  # drawn by the names in the file, which are not always those in the module
+    with tempfile.TemporaryDirectory() as folder:
         kind(config).save_pretrained(folder)
-        tensors = {name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}
-        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        for file in Path(folder).glob("*.safetensors"):
+            save_file({name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}, file, metadata={"format": "pt"})
         return kind.from_pretrained(folder).eval()
 
 
@@ -182,8 +185,6 @@ def labels_for(out):
 
 def load_tensors(folder):
     """Every tensor of a folder's safetensors."""
-    from pathlib import Path
-
     from safetensors.numpy import load_file
 
     return {name: w for file in sorted(Path(folder).glob("*.safetensors")) for name, w in load_file(file).items()}

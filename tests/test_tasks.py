@@ -90,9 +90,7 @@ def test_classification():
     right = np.where(CLASSES == -100, -100, ROWS.argmax(-1))
     assert float(tasks.classification(GIVES(logits=ROWS))({}, {"labels": jnp.asarray(right)})[1]["accuracy"].value) == 1.0
     smooth = tasks.classification(GIVES(logits=ROWS), smoothing=0.1)({}, {"labels": jnp.asarray(CLASSES)})[0]
-    assert float(smooth.value) == pytest.approx(
-        np.mean([np.log(np.exp(x).sum()) - 0.9 * x[c] - 0.1 * x.mean() for x, c in rows]), rel=1e-6
-    )
+    assert float(smooth.value) == pytest.approx(np.mean([np.log(np.exp(x).sum()) - 0.9 * x[c] - 0.1 * x.mean() for x, c in rows]), rel=1e-6)
 
 
 @pytest.mark.parametrize("bias", [None, -2.0], ids=["softmax", "sigmoid"])
@@ -115,7 +113,11 @@ def test_contrastive(bias):
 @pytest.mark.parametrize(
     "task, outputs, message",
     [
-        ("classification", {"last_hidden_state": 0}, r"needs a model with a head for it, logits \[B, C\]; this one gives last_hidden_state"),
+        (
+            "classification",
+            {"last_hidden_state": 0},
+            r"needs a model with a head for it, logits \[B, C\]; this one gives last_hidden_state",
+        ),
         ("classification", {"logits": LOGITS}, r"logits \[B, C\]; this one gives logits"),  # of tokens
         ("contrastive", {"text_embeds": 0}, "needs text_embeds and image_embeds; the model gives text_embeds, asked for pixel_values"),
     ],

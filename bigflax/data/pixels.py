@@ -37,5 +37,5 @@ class ChannelsFirst:
         image = record.pop("image")
         if image.shape[-1] != len(self.mean):
             raise ValueError(f"an image of {image.shape[-1]} channels cannot be normalized with the means of {len(self.mean)}")
-        pixels = (image.astype(np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        pixels = (image.astype(np.float32) / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return {"pixel_values": np.ascontiguousarray(pixels.transpose(2, 0, 1)), **record}

@@ -64,7 +64,9 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"pixel_values of shape {shape} are not [batch, {C}, height, width]: channels come before height and width")
         whole, rows, columns = (self.image[0] // P, self.image[1] // Q), shape[2] // P, shape[3] // Q
         if shape[2:] != self.image and self.resize is None:
-            raise ValueError(f"images of {shape[2]} x {shape[3]} pixels do not fit a model of {self.image[0]} x {self.image[1]}; resize them")
+            raise ValueError(
+                f"images of {shape[2]} x {shape[3]} pixels do not fit a model of {self.image[0]} x {self.image[1]}; resize them"
+            )
         if not rows or not columns:
             raise ValueError(f"images of {shape[2]} x {shape[3]} pixels do not hold one patch of {P} x {Q}")
         pixels = pixel_values[:, :, : rows * P, : columns * Q].astype(self.dtype).reshape(B, C, rows, P, columns, Q)

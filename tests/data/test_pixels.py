@@ -19,7 +19,9 @@ def test_every_pixel(mean, std):
         assert got["pixel_values"][c, y, x] == pytest.approx((IMAGE[y, x, c] / 255 - mean[c]) / std[c], abs=1e-6)
 
 
-@pytest.mark.parametrize("name, processor", {"half": "ViTImageProcessor", "imagenet": "BitImageProcessor", "clip": "CLIPImageProcessor"}.items())
+@pytest.mark.parametrize(
+    "name, processor", {"half": "ViTImageProcessor", "imagenet": "BitImageProcessor", "clip": "CLIPImageProcessor"}.items()
+)
 def test_it_is_what_the_processors_of_transformers_make(name, processor):
     transformers = pytest.importorskip("transformers", reason="an oracle for tests")
     kind = getattr(transformers, processor)

@@ -123,7 +123,9 @@ def test_saved_again_it_is_the_same_file(family, head, saved, tmp_path):
         assert torch.equal(back.state_dict()[name], w), name
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "pixel_values" in inputs(family)[0] and "input_ids" in inputs(family)[0]])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if "pixel_values" in inputs(family)[0] and "input_ids" in inputs(family)[0]]
+)
 def test_the_loss_of_pairs(family, saved):
     """Its value and the gradients of the learned scale and bias."""
     theirs, folder = saved(family, None)

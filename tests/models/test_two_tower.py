@@ -143,7 +143,7 @@ def test_broken_configs(change, message, folder):
 def test_siglip_without_its_head_is_refused(tmp_path):
     bigflax.save(*made("siglip"), str(tmp_path))
     edit(tmp_path, lambda said: said["vision_config"].update(vision_use_head=False))
-    with pytest.raises(ValueError, match="says vision_config.vision_use_head = False, and siglip is supported with True only"):
+    with pytest.raises(ValueError, match=r"says vision_config.vision_use_head = False, and siglip is supported with True only"):
         bigflax.load(str(tmp_path))
 
 
@@ -160,6 +160,32 @@ def test_what_a_folder_says_besides_is_kept(folder, tmp_path):
     assert {w.dtype for w in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     out = jax.eval_shape(functools.partial(model.apply, hidden_states=True), params, input_ids=IDS, pixel_values=IMAGES)
     assert {x.dtype for name in ("text_hidden_states", "vision_hidden_states") for x in out[name]} == {jnp.dtype("bfloat16")}
+
+
+OLD = (  # what transformers 4 wrote into every config
+    "_name_or_path= add_cross_attention=False architectures=None bad_words_ids=None chunk_size_feed_forward=0 cross_attention_hidden_size=None "
+    "decoder_start_token_id=None diversity_penalty=0.0 do_sample=False dropout=0.0 early_stopping=False encoder_no_repeat_ngram_size=0 "
+    "exponential_decay_length_penalty=None finetuning_task=None forced_bos_token_id=None forced_eos_token_id=None initializer_factor=1.0 "
+    "is_decoder=False is_encoder_decoder=False length_penalty=1.0 max_length=20 min_length=0 no_repeat_ngram_size=0 num_beam_groups=1 num_beams=1 "
+    "num_return_sequences=1 output_attentions=False output_hidden_states=False output_scores=False prefix=None problem_type=None pruned_heads={} "
+    "remove_invalid_values=False repetition_penalty=1.0 return_dict=True return_dict_in_generate=False sep_token_id=None "
+    "task_specific_params=None temperature=1.0 tf_legacy_loss=False tie_encoder_decoder=False tie_word_embeddings=True tokenizer_class=None "
+    "top_k=50 top_p=1.0 torch_dtype=None torchscript=False transformers_version=4.21.0 typical_p=1.0 use_bfloat16=False"
+)
+
+
+def test_old_configs_say_how_to_generate_inside(folder):
+    fields = dict(field.split("=") for field in OLD.split())
+    values = {"None": None, "True": True, "False": False, "{}": {}, "0": 0}
+    edit(
+        folder,
+        lambda said: [said[part].update({k: values.get(v, v) for k, v in fields.items()}) for part in ("text_config", "vision_config")],
+    )
+    model, _ = bigflax.load(str(folder))
+    assert model.config == made("clip")[0].config | {"dtype": "float32"}
+    edit(folder, lambda said: said["vision_config"].update(pruned_heads={"0": [1]}))
+    with pytest.raises(ValueError, match=r"says vision_config.pruned_heads = {'0': \[1\]}, and clip is supported with {} only"):
+        bigflax.load(str(folder))
 
 
 def test_the_first_configs_of_clip_say_it_twice(folder, tmp_path):

@@ -1,12 +1,14 @@
 """Patches, positions and the heads of images against the same thing by hand in NumPy."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bigflax
 from bigflax import models, nn, weights
 from bigflax.models import vision
 from bigflax.models.transformer import Attention, Block, Group, Transformer
@@ -194,7 +196,7 @@ def one_layer(**options):
 
 def test_layer_scale():
     """Fresh scales are what was asked for; with scales of one it is the layer without them, with scales of nought it does nothing."""
-    params, apply, model = one_layer(layer_scale=0.25)
+    params, _, model = one_layer(layer_scale=0.25)
     fresh = model.init(jax.random.key(0))["blocks"]
     np.testing.assert_array_equal(fresh["scale1"], np.full((2, D), 0.25))
     run = lambda s1, s2: model.apply(
@@ -220,7 +222,7 @@ def test_states_before_the_final_norm():
 
 
 def test_stochastic_depth_leaves_layers_out_in_training_only():
-    params, apply, _ = one_layer(drop_path=0.5)
+    _, apply, _ = one_layer(drop_path=0.5)
     plain = np.asarray(apply(pixel_values=X)["last_hidden_state"])
     np.testing.assert_array_equal(plain, one_layer()[1](pixel_values=X)["last_hidden_state"])
     outs = [np.asarray(apply(pixel_values=X, rng=jax.random.key(k), hidden_states=True)["hidden_states"][-1]) for k in range(20)]
@@ -229,8 +231,42 @@ def test_stochastic_depth_leaves_layers_out_in_training_only():
     assert len({o[0].sum() for o in outs}) > 5
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A ViT that tells three classes apart, and its weights."""
+    model = models.create("vit", size="tiny", num_labels=3)
+    params = jax.jit(model.init)(jax.random.key(0))
+    bigflax.save(model, params, str(tmp_path / "vit"))
+    return tmp_path / "vit", params
+
+
+def test_a_folder_keeps_the_names_of_its_classes(folder, tmp_path):
+    said = json.loads((folder[0] / "config.json").read_text())
+    assert said["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    said |= {"id2label": {"0": "cat", "1": "dog", "2": "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+    (folder[0] / "config.json").write_text(json.dumps(said))
+    bigflax.save(*bigflax.load(str(folder[0])), str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == said
+
+
+def test_other_classes_are_learned_anew_on_the_same_body(folder, tmp_path):
+    """Scores of another number of classes are fresh where they are asked for, and refused where they are not."""
+    five, params = bigflax.load(str(folder[0]), num_labels=5)
+    assert params["head"]["scores"]["w"].shape == (64, 5) and float(jnp.abs(params["head"]["scores"]["w"]).max()) > 0
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], folder[1]["blocks"])
+    bigflax.save(five, params, str(tmp_path / "five"))
+    assert len(json.loads((tmp_path / "five" / "config.json").read_text())["id2label"]) == 5
+    _, params = bigflax.load(str(folder[0]), num_labels=3)
+    jax.tree.map(np.testing.assert_array_equal, params, folder[1])
+    body, params = bigflax.load(str(folder[0]), head=None)
+    assert set(params["head"]) == {"dense"} and "pooler_output" in body.apply(params, pixel_values=np.zeros((1, 3, 32, 32)))
+    (tmp_path / "five" / "config.json").write_text((folder[0] / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"classifier.* has shape \(5.*; the config makes it \(3"):
+        bigflax.load(str(tmp_path / "five"))
+
+
 def test_what_a_vit_cannot_be():
     with pytest.raises(ValueError, match="pooler_output_size 5 is not hidden_size 64"):
         models.create("vit", size="tiny", pooler_output_size=5)
-    with pytest.raises(ValueError, match="unknown head 'classification'; .*'image_classification'"):
+    with pytest.raises(ValueError, match=r"unknown head 'classification'; .*'image_classification'"):
         models.create("deit", size="tiny", head="classification")

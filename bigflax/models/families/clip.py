@@ -32,8 +32,8 @@ SIZES = {
 
 def build(
     *,
-    text_config: Mapping[str, Any] = {},  # noqa: B006 (never changed)
-    vision_config: Mapping[str, Any] = {},  # noqa: B006
+    text_config: Mapping[str, Any] = {},
+    vision_config: Mapping[str, Any] = {},
     projection_dim: int = 512,
     logit_scale_init_value: float = 2.6592,
     head: str | None = None,

@@ -96,7 +96,8 @@ _SWIGLU = {
 }
 
 
-def NAMES(config) -> dict:
+def names(config) -> dict:
+    """One leaf has other names where the mlp is gated."""
     return {**_ALWAYS, **(_SWIGLU if config["use_swiglu_ffn"] else _PLAIN)}
 
 

@@ -54,8 +54,8 @@ def build(
 PREFIX = "dinov2_with_registers."
 
 
-def NAMES(config) -> dict:
-    return {**dinov2.NAMES(config), "embeddings.register_tokens": ("embed/registers", "1 T D -> T D")}
+def names(config) -> dict:
+    return {**dinov2.names(config), "embeddings.register_tokens": ("embed/registers", "1 T D -> T D")}
 
 
 HEADS = {

@@ -31,8 +31,8 @@ SIZES = {
 
 def build(
     *,
-    text_config: Mapping[str, Any] = {},  # noqa: B006 (never changed)
-    vision_config: Mapping[str, Any] = {},  # noqa: B006
+    text_config: Mapping[str, Any] = {},
+    vision_config: Mapping[str, Any] = {},
     head: str | None = None,
     dtype: str = "float32",
     remat: str = "none",
@@ -43,7 +43,9 @@ def build(
     text_tower, vision_tower = text(**{**text_config, **ours}), vision(**{**vision_config, **ours})
     width, meets = text_tower.embed.features, text_config.get("projection_size") or text_tower.embed.features
     if meets != vision_tower.embed.features:
-        raise ValueError(f"texts are projected to a width of {meets} (text_config.projection_size), and images have {vision_tower.embed.features}")
+        raise ValueError(
+            f"texts are projected to a width of {meets} (text_config.projection_size), and images have {vision_tower.embed.features}"
+        )
     project = Linear(meets, "embed -> _", init=normal(width**-0.5))
     return TwoTower(text_tower, vision_tower, "last", project, scale=math.log(10), bias=-10.0)
 
