@@ -35,7 +35,12 @@ HARMLESS = (
     "architectures model_type transformers_version _name_or_path _commit_hash torch_dtype dtype use_cache auto_map task_specific_params "
     "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class "
     "id2label label2id num_labels problem_type finetuning_task output_attentions output_hidden_states return_dict return_dict_in_generate "
-    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length"
+    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length "
+    # how to generate, and with which library: older versions wrote all of it into every config, those inside of others included
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty suppress_tokens temperature tf_legacy_loss "
+    "top_k top_p torchscript typical_p use_bfloat16"
 ).split()
 # What it may say only like this: anything else is another function.
 FIXED = {
@@ -44,11 +49,15 @@ FIXED = {
     "is_decoder": False,
     "add_cross_attention": False,
     "quantization_config": None,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
 }
 OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a family that are no fields of its config
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
+CARRIED = r"(generation|preprocessor|processor)_config\.json"  # what else of a loaded folder stays true
 SHARD_BYTES = 5 * 2**30
 
 
@@ -60,8 +69,10 @@ def load(
 ) -> tuple[Model, Any]:
     """`(model, params)` of a folder or hub id.
 
-    `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new.
-    `dtype` is that of weights and computation, by default the stored one; integers stay integers. With a `mesh` the weights lie on it by `table`. `changes` are
+    `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new, and
+    so are the scores of a head that is asked for with another `num_labels`.
+    `dtype` is that of weights and computation, by default the stored one; integers stay integers. With a `mesh` the weights lie on it by
+    `table`. `changes` are
     further arguments of the family: `remat="full"`. Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
     folder = fetch(source)
@@ -75,7 +86,7 @@ def load(
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
     model = dataclasses.replace(model, source=folder)
     where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
-    return model, _read(model, files, dtype, where, folder, fresh=head != "")
+    return model, _read(model, files, dtype, where, folder, fresh=head != "", relabelled="num_labels" in changes)
 
 
 def fetch(source: str) -> str:
@@ -120,20 +131,34 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
         raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
     home = models.family(kind)
     renamed = getattr(home, "RENAMED", {})
-    said, fixed = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}, {**FIXED, **home.FIXED}
-    known = [name for name in inspect.signature(home.build).parameters if name not in OURS]
-    for field, value in said.items():
-        if field in fixed and value not in (fixed[field], None):
-            raise ValueError(f"{folder!r} says {field} = {value!r}, and {kind} is supported with {fixed[field]!r} only")
-        harmless = field in HARMLESS or any(re.fullmatch(pattern, field) for pattern in home.IGNORED)
-        if field not in known and field not in fixed and not harmless:
-            raise ValueError(
-                f"{folder!r} has the field {field!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
-            )
-    config = {field: value for field, value in said.items() if field in known}
-    if labels := len(said.get("id2label") or ()) or said.get("num_labels"):
+    said = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}
+    parts = {part: models.part_fields(build) for part, build in getattr(home, "PARTS", {}).items()}
+    for part, known in parts.items():
+        older = said.pop(f"{part}_dict", None)  # of CLIP's first configs: what it says holds, and what it does not say has its default
+        said[part] = {**(said.get(part) or {}), **({**known, **older} if older else {})}
+    config = _known(said, [name for name in inspect.signature(home.build).parameters if name not in OURS], kind, folder)
+    for part, known in parts.items():
+        config[part] = _known(said[part], list(known), kind, folder, f"{part}.")
+    labels = len(said.get("id2label") or ()) or said.get("num_labels")
+    if labels and "num_labels" in inspect.signature(home.build).parameters:
         config["num_labels"] = labels
     return kind, config
+
+
+def _known(said: Mapping[str, Any], known: list[str], kind: str, folder: str, path: str = "") -> dict[str, Any]:
+    """The fields of a config, or of that at `path` inside of it, that are arguments. Raises ValueError for what we do not compute."""
+    home = models.family(kind)
+    for field, value in said.items():
+        name = path + field
+        harmless = field in HARMLESS or any(re.fullmatch(pattern, name) for pattern in home.IGNORED)
+        fixed = home.FIXED if harmless else {**{path + f: v for f, v in FIXED.items()}, **home.FIXED}
+        if name in fixed and value not in (fixed[name], None):
+            raise ValueError(f"{folder!r} says {name} = {value!r}, and {kind} is supported with {fixed[name]!r} only")
+        if field not in known and name not in fixed and not harmless:
+            raise ValueError(
+                f"{folder!r} has the field {name!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
+            )
+    return {field: value for field, value in said.items() if field in known}
 
 
 def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +271,8 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     home = models.family(model.family)
     prefix = home.PREFIX if prefixed else ""
     strip = lambda name: prefix + name.removeprefix(home.PREFIX) if name.startswith(home.PREFIX) else name
-    table = {prefix + name: line for name, line in home.NAMES.items()}
+    base = home.names(model.config) if hasattr(home, "names") else home.NAMES
+    table = {prefix + name: line for name, line in base.items()}
     table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
     there = {name for name, _ in trees.named_leaves(model.shapes())}
     wanted = [entry for entry in names.entries(table, model.module.places()) if there.issuperset(entry.leaves)]
@@ -258,7 +284,7 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     return wanted
 
 
-def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, folder: str, *, fresh: bool) -> Any:
+def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, folder: str, *, fresh: bool, relabelled: bool) -> Any:
     home = models.family(model.family)
     files = {name.removeprefix(home.PREFIX): tensor for name, tensor in files.items()}
     shapes = {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
@@ -267,9 +293,10 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     for entry in lines(model):
         owner |= dict.fromkeys(entry.leaves, entry)
         expected |= {name: (entry, entry.shape(shapes)) for name, _ in entry.names(shapes)}
-    absent = {name for name in expected if name not in files}
+    other = lambda name: relabelled and expected[name][0].leaves[0].startswith("head/") and files[name].shape != expected[name][1]
+    absent = {name for name in expected if name not in files or other(name)}
     new = {leaf for name in absent for leaf in expected[name][0].leaves}
-    if new and not (fresh and all(leaf.startswith("head/") for leaf in new)):
+    if new and not ((fresh or relabelled) and all(leaf.startswith("head/") for leaf in new)):
         raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
     tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"(lm_head|embed_out)\.weight"]
     heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
@@ -277,9 +304,9 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
         raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
     for name, (entry, shape) in expected.items():
-        if name in files and files[name].shape != shape:
+        if name not in absent and files[name].shape != shape:
             raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
-        if name in files and jnp.issubdtype(files[name].dtype, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
+        if name not in absent and jnp.issubdtype(files[name].dtype, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
             raise ValueError(
                 f"{name} in {files[name].file!r} is stored as {files[name].dtype}; the model has {kinds[entry.leaves[0]]} there"
             )
@@ -312,7 +339,8 @@ def save(
     """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
 
     `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
-    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded.
+    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded, as do the
+    configs of generation and preprocessing.
     """
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
@@ -339,7 +367,11 @@ def save(
     if jax.process_index() != 0:
         return
     _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
-    _copy_tokenizer(tokenizer or model.source, folder)
+    _copy(CARRIED, model.source, folder)
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        _copy(TOKENIZER_FILES, tokenizer or model.source, folder)
+    else:
+        tokenizer.save(folder)
 
 
 def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
@@ -400,23 +432,23 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
     said = read_config(model.source) if model.source else {}
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
         fields = {k: v for k, v in fields.items() if not k.startswith("rope_") and k != "partial_rotary_factor"}
-    labels = model.config["num_labels"]
-    if labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
+    for part in getattr(home, "PARTS", {}):
+        said.pop(f"{part}_dict", None)
+        fields[part] = {**(said.get(part) or {}), **fields[part]}
+    labels = model.config.get("num_labels")
+    if labels is not None and labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
         fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
     stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
 
 
-def _copy_tokenizer(tokenizer: Any, folder: str) -> None:
-    if tokenizer is None:
+def _copy(pattern: str, source: Any, folder: str) -> None:
+    """The files of `source`, where there is one, whose whole names match."""
+    if source is None or os.path.abspath(source) == os.path.abspath(folder):
         return
-    if not isinstance(tokenizer, str | os.PathLike):
-        tokenizer.save(folder)
-        return
-    if os.path.abspath(tokenizer) != os.path.abspath(folder):
-        for name in sorted(os.listdir(tokenizer)):
-            if re.fullmatch(TOKENIZER_FILES, name):
-                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(folder, name))
+    for name in sorted(os.listdir(source)):
+        if re.fullmatch(pattern, name):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def _replace(path: str, text: str) -> None:

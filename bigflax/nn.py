@@ -189,11 +189,12 @@ def stack(
     return scan(block, x, each)
 
 
-def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    """Zeroes entries with probability `rate` and scales the rest, when `apply` was given `rng`."""
+def dropout(module: nn.Module, x: jax.Array, rate: float, *, rows: bool = False) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales the rest, when `apply` was given `rng`; with `rows`, all of x[i] or nothing of it
+    (stochastic depth: Huang et al. 2016, 1603.09382)."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, x.shape)
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1.0 - rate, (len(x), *[1] * (x.ndim - 1)) if rows else x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

@@ -3,9 +3,9 @@
     bigflax parity FOLDER
 
 Inputs: plain rows, rows padded on the right and on the left, the longest row that the model takes (up to `longest`), two token types where
-it knows them, and documents packed into one row, which PyTorch reads one by one. For each: the largest absolute difference of the outputs,
-the same relative to PyTorch's largest entry, and for logits the mean KL divergence and how often the first choice agrees; and the first
-hidden state (0 is the embedding) that differs by more than the tolerance.
+it knows them, and documents packed into one row, which PyTorch reads one by one; images where it takes them, beside the rows or alone. For
+each: the largest absolute difference of the outputs, the same relative to PyTorch's largest entry, and for logits the mean KL divergence and
+how often the first choice agrees; and the first hidden state (0 is the embedding) that differs by more than the tolerance.
 
 The only module that imports PyTorch. Left out on purpose: gradients, which tests/models/test_parity.py compares for every family.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from bigflax import hub, models
 from bigflax.nn import Model
 
-OUTPUTS = ("logits", "start_logits", "end_logits", "pooler_output")
+OUTPUTS = ("logits", "start_logits", "end_logits", "pooler_output", "text_embeds", "image_embeds", "logits_per_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: i
     ours = jax.jit(functools.partial(model.apply, hidden_states=True))
 
     # what transformers calls position_ids is in some families the row of a table that begins with rows for other uses
-    before = model.module.embed.first_position if getattr(models.family(model.family), "POSITION_ROWS", False) else 0
+    before = _text(model).first_position if getattr(models.family(model.family), "POSITION_ROWS", False) else 0
 
     def reference(given: dict[str, np.ndarray]) -> dict[str, Any]:
         if before:
@@ -59,13 +59,18 @@ def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: i
             given = given | {"position_ids": given.get("position_ids", at) + before}
         with torch.no_grad():
             out = theirs(**{name: torch.from_numpy(x) for name, x in given.items()}, output_hidden_states=True)
-        states = [x.numpy() for x in out.hidden_states]
+        towers = [out[f"{tower}_model_output"] for tower in ("text", "vision") if f"{tower}_model_output" in out]
+        states = [x.numpy() for part in towers or [out] for x in part.hidden_states]
         return {**{name: out[name].numpy() for name in OUTPUTS if name in out}, "hidden_states": states}
 
     rows = []
     pad = hub.read_config(folder).get("pad_token_id") or 0
     for name, given, real in _inputs(model, longest, seed, pad):
-        rows.append(_row(name, ours(params, **given), reference(given), real, tolerance))
+        got = ours(params, **given)
+        got.setdefault("hidden_states", (*got.get("text_hidden_states", ()), *got.get("vision_hidden_states", ())))
+        rows.append(_row(name, got, reference(given), real, tolerance))
+    if [*model.module.example()] != ["input_ids"]:
+        return rows
     packed, documents = _packed(model, seed)
     got, alone = ours(params, **packed), [reference(document) for document in documents]
     if got.get("logits", np.zeros(0)).ndim == 3 or "start_logits" in got or not any(name in got for name in OUTPUTS):
@@ -84,25 +89,35 @@ def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _text(model: Model) -> Any:
+    """The embedding of tokens, in one of two towers where there are two."""
+    return getattr(model.module, "text", model.module).embed
+
+
 def _positions(model: Model) -> int | None:
-    return model.module.embed.positions or model.config.get("max_position_embeddings")
+    return _text(model).positions or model.config.get("max_position_embeddings")
 
 
 def _tokens(model: Model, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.integers(min(5, model.config["vocab_size"] - 1), model.config["vocab_size"], shape)
+    vocab = _text(model).vocab
+    return rng.integers(min(5, vocab - 1), vocab, shape)
 
 
 def _inputs(model: Model, longest: int, seed: int, pad: int) -> list[tuple[str, dict[str, np.ndarray], np.ndarray]]:
     """(kind, inputs, which tokens are real) of every kind but the packed one."""
-    rng, most = np.random.default_rng(seed), min(longest, _positions(model) or longest)
+    rng, example = np.random.default_rng(seed), model.module.example()
+    images = {name: rng.normal(size=(3, *x.shape[1:])).astype(np.float32) for name, x in example.items() if name == "pixel_values"}
+    if "input_ids" not in example:
+        return [("plain", images, np.ones((3, 0), bool))]
+    most = min(longest, _positions(model) or longest)
     length, out = min(24, most), []
     for kind, n in {"plain": length, "padded right": length, "padded left": length, "longest": most, "token types": length}.items():
         ids, real = _tokens(model, rng, (3, n)), np.ones((3, n), bool)
         for row, cut in enumerate((0, n // 4, n // 2)) if kind.startswith("padded") else ():
             real[row, (slice(n - cut, None) if kind == "padded right" else slice(0, cut))] = False
         # transformers finds the last real token of a row, which it classifies by, through pad_token_id: no real token may bear it
-        ids = np.where(real, np.where(ids == pad, (pad + 1) % model.config["vocab_size"], ids), pad)
-        given = {"input_ids": ids, "attention_mask": real.astype(np.int64)}
+        ids = np.where(real, np.where(ids == pad, (pad + 1) % _text(model).vocab, ids), pad)
+        given = {"input_ids": ids, "attention_mask": real.astype(np.int64), **images}
         if kind == "padded left":
             given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
         if kind == "token types":

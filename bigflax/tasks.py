@@ -1,7 +1,7 @@
 """Tasks: functions from a model to a loss, `loss_fn(params, batch, rng) -> (Mean, metrics)`.
 
-A batch carries `labels` already aligned with the positions (no shift here), -100 where there is nothing to learn. Losses and metrics are
-`Mean(total, count)` over real tokens, so that accumulation, hosts and evaluation weigh every token alike.
+A batch carries `labels` already aligned with the positions (no shift here), -100 where there is nothing to learn; pairs need none. Losses
+and metrics are `Mean(total, count)` over real tokens or rows, so that accumulation, hosts and evaluation weigh every one alike.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import ops, trees
+from bigflax import losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
 
@@ -50,7 +50,48 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     return loss_fn
 
 
-TASKS = {"causal_lm": token_loss, "masked_lm": token_loss}
+def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
+    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metric: `accuracy`."""
+
+    def loss_fn(params, batch, rng=None):
+        labels_B = batch["labels"]
+        out = model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
+        if getattr(out.get("logits"), "ndim", 0) != 2:
+            raise ValueError(f"classification needs a model with a head for it, logits [B, C]; this one gives {', '.join(out)}")
+        logits, real_B = out["logits"], labels_B != IGNORED
+        count = jnp.sum(real_B)
+        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), count)
+        return loss, {"accuracy": Mean(jnp.sum((jnp.argmax(logits, -1) == labels_B) & real_B), count)}
+
+    return loss_fn
+
+
+def contrastive(model: Model) -> LossFn:
+    """The loss of pairs, row i of one input beside row i of the other: CLIP's softmax, or SigLIP's sigmoid where the model has a `logit_bias`.
+
+    Every other row of the batch is a negative, over all devices; with accumulation, those of the same micro-batch. Metric: `accuracy`, how
+    often a text is nearest to its image and an image to its text.
+    """
+
+    def loss_fn(params, batch, rng=None):
+        out = model.apply(params, rng=rng, logits=False, **batch)
+        if not {"text_embeds", "image_embeds"} <= out.keys():
+            raise ValueError(
+                f"a contrastive loss needs text_embeds and image_embeds; the model gives {', '.join(out)} for {', '.join(batch)}"
+            )
+        texts, images, scale = out["text_embeds"], out["image_embeds"], out["logit_scale"]
+        if "logit_bias" in out:
+            losses_B = losses.sigmoid_contrastive(texts, images, scale, out["logit_bias"])
+        else:
+            losses_B = losses.contrastive(texts, images, scale)
+        similar, right_B = texts @ images.T, jnp.arange(len(texts))
+        found = jnp.sum(jnp.argmax(similar, 1) == right_B) + jnp.sum(jnp.argmax(similar, 0) == right_B)
+        return Mean(jnp.sum(losses_B), len(losses_B)), {"accuracy": Mean(found, 2 * len(losses_B))}
+
+    return loss_fn
+
+
+TASKS = {"causal_lm": token_loss, "masked_lm": token_loss, "classification": classification, "contrastive": contrastive}
 
 
 def create(name: str, model: Model, **options: Any) -> LossFn:

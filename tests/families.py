@@ -16,10 +16,15 @@ HEADS = (
     "discriminator",
     "embedding",
     "image_classification",
+    "image_classification_with_teacher",
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {"cnn": "images", "convnext": "images", "mobilenet_v2": "images", "resnet": "images"}
+READS: dict[str, str] = {
+    **dict.fromkeys(("cnn", "convnext", "deit", "mobilenet_v2", "resnet", "vit"), "images"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "images of any size"),
+    **dict.fromkeys(("clip", "siglip"), "pair"),
+}
 OURS_ALONE: set[str] = {"cnn", "rnn"}
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
@@ -29,12 +34,27 @@ rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=
 MODERN_ROPE = dict(
     rope_parameters={f"{kind}_attention": dict(rope_type="default", rope_theta=t) for kind, t in (("full", 500.0), ("sliding", 50.0))}
 )
+# images that are neither square nor cut without a rest
+VISION = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, image_size=(12, 17), patch_size=4)
+DINO = dict({k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2, image_size=13, layerscale_value=0.5)
+TOWERS = dict(  # of different widths and lengths
+    text_config=dict(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=36, max_position_embeddings=LONGEST, vocab_size=VOCAB
+    ),
+    vision_config=dict(VISION, image_size=13),
+)
+END = 3  # of a text, in the family that looks for it
+towers = lambda **text: dict(text_config=dict(TOWERS["text_config"], **text), vision_config=TOWERS["vision_config"])
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "albert": dict(COMMON, embedding_size=12),
     "bert": COMMON,
     "cnn": dict(num_channels=3, image_size=32, hidden_sizes=[6, 10], dense_size=12),
     "convnext": dict(num_stages=3, hidden_sizes=[8, 12, 20], depths=[1, 3, 2], layer_scale_init_value=0.5, layer_norm_eps=0.01),
+    "clip": dict(**towers(eos_token_id=END, pad_token_id=0, bos_token_id=1), projection_dim=20),
+    "deit": VISION,
+    "dinov2": DINO,
+    "dinov2_with_registers": dict(DINO, use_swiglu_ffn=True, num_register_tokens=2),
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
     "gemma": dict(**DECODER, head_dim=8, **rope()),
@@ -68,6 +88,8 @@ FAMILIES = {
     "rnn": dict(embedding_size=12, hidden_size=20, num_hidden_layers=3),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
     "smollm3": dict(DECODER, num_hidden_layers=5, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=4, **rope()),
+    "siglip": towers(projection_size=24, eos_token_id=2, pad_token_id=0, bos_token_id=1),
+    "vit": VISION,
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 # "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written
@@ -114,7 +136,7 @@ def drawn(name, shape):
     if name.endswith("running_var"):
         return rng.uniform(0.5, 2.0, shape).astype(np.float32)
     is_scale = len(shape) == 1 and name.endswith("weight")
-    return (rng.normal(size=shape) * 0.2 + is_scale).astype(np.float32)
+    return np.asarray(rng.normal(size=shape) * 0.2 + is_scale, np.float32)
 
 
 def kinds(family):
@@ -144,11 +166,25 @@ def _tokens(family, kind, rng):
 
 
 def _images(family, kind, rng):
-    return {"pixel_values": rng.normal(size=(3, FAMILIES[family].get("num_channels", 3), 32, 32)).astype(np.float32)}, []
+    size = dict(FAMILIES[family].get("vision_config", FAMILIES[family])).get("image_size", 32)
+    height, width = (size, size) if isinstance(size, int) else size
+    height, width = {"larger": (2 * height, 3 * width), "smaller": (height - 4, width)}.get(kind, (height, width))
+    return {"pixel_values": rng.normal(size=(3, 3, height, width)).astype(np.float32)}, []
+
+
+def _pair(family, kind, rng):
+    given, reals = _tokens(family, kind, rng)
+    length = reals[0].sum(1)
+    given["input_ids"] = np.where(given["input_ids"] == END, END + 1, given["input_ids"])
+    given["input_ids"][np.arange(3), length - 1] = END
+    return given | _images(family, kind, rng)[0], reals
 
 
 # what a family reads -> (maker of inputs, their kinds)
-READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",))}
+READERS = {
+    "tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",)),
+    "images of any size": (_images, ("plain", "larger", "smaller")), "pair": (_pair, ("plain", "padded right")),
+}  # fmt: skip
 
 
 def masked(x, reals):
@@ -171,7 +207,8 @@ def outputs(out):
 def labels_for(out):
     """Random targets for the outputs that a loss is taken of."""
     rng = np.random.default_rng(0)
-    trained = [name for name in SCORES if name in out] or [name for name in ("last_hidden_state", "pooler_output") if name in out]
+    states = ("last_hidden_state", "pooler_output", "text_embeds", "image_embeds", "logits_per_text")
+    trained = [name for name in SCORES if name in out] or [name for name in states if name in out]
     return {name: rng.normal(size=out[name].shape).astype(np.float32) for name in trained}
 
 

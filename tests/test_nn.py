@@ -197,10 +197,11 @@ def test_activations():
 
 class Drop(linen.Module):
     rate: float
+    rows: bool = False
 
     @linen.compact
     def __call__(self, x):
-        return nn.dropout(self, x, self.rate)
+        return nn.dropout(self, x, self.rate, rows=self.rows)
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
@@ -213,6 +214,15 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert (np.asarray(drop(0.25, dropout=jax.random.key(1))) != y).any()
     for plain in (drop(0.25), drop(0.0, dropout=jax.random.key(0))):
         np.testing.assert_array_equal(plain, 1.0)
+
+
+def test_whole_rows_are_left_out():
+    """What is kept weighs so much more that the mean stays; the share to five deviations."""
+    x = jnp.ones((4000, 3, 2))
+    y = np.asarray(Drop(0.25, rows=True).apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    kept = y[:, :1, :1] > 0
+    np.testing.assert_array_equal(y, np.where(kept, np.float32(1 / 0.75), 0) * np.ones_like(y))
+    assert abs(kept.mean() - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
 # -- the stack and the fence -----------------------------------------------------------------------------------------------

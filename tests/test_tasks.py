@@ -108,6 +108,83 @@ def test_the_load_balance_loss_pushes_a_router_towards_balance():
 
     (first, with_it), (_, without) = trained(1.0), trained(0.0)
     assert min(first, without) > 5 and with_it < 2.2
+# -- rows and pairs --------------------------------------------------------------------------------------------------------
+
+ROWS = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+CLASSES = np.array([3, 0, -100, 1, 2])
+GIVES = lambda **outputs: nn.Model(lambda rng: {}, lambda params, *, rng=None, logits=True, **inputs: {**outputs, "asked": logits}, {})
+
+
+def test_classification():
+    """Cross-entropy and accuracy over the rows that have a label."""
+    loss, metrics = tasks.create("classification", GIVES(logits=ROWS))({}, {"pixel_values": ROWS, "labels": jnp.asarray(CLASSES)})
+    rows = [(ROWS[i].astype(np.float64), c) for i, c in enumerate(CLASSES) if c != -100]
+    assert float(loss.value) == pytest.approx(np.mean([np.log(np.exp(x).sum()) - x[c] for x, c in rows]), rel=1e-6)
+    assert float(metrics["accuracy"].value) == np.mean([x.argmax() == c for x, c in rows])
+    assert int(loss.count) == int(metrics["accuracy"].count) == 4
+    right = np.where(CLASSES == -100, -100, ROWS.argmax(-1))
+    assert float(tasks.classification(GIVES(logits=ROWS))({}, {"labels": jnp.asarray(right)})[1]["accuracy"].value) == 1.0
+    smooth = tasks.classification(GIVES(logits=ROWS), smoothing=0.1)({}, {"labels": jnp.asarray(CLASSES)})[0]
+    assert float(smooth.value) == pytest.approx(np.mean([np.log(np.exp(x).sum()) - 0.9 * x[c] - 0.1 * x.mean() for x, c in rows]), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [None, -2.0], ids=["softmax", "sigmoid"])
+def test_contrastive(bias):
+    """Of a model with a bias the loss is SigLIP's, of one without CLIP's; how often the nearest is the right one, either way."""
+    texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ROWS, ROWS + ROWS[0]))
+    pair = {"text_embeds": jnp.asarray(texts), "image_embeds": jnp.asarray(images), "logit_scale": jnp.float32(5.0)}
+    loss, metrics = tasks.create("contrastive", GIVES(**pair, **({} if bias is None else {"logit_bias": bias})))({}, {"input_ids": ROWS})
+    z = 5.0 * texts.astype(np.float64) @ images.T + (bias or 0)
+    if bias is None:
+        log_p = lambda z: z - np.log(np.exp(z).sum(1, keepdims=True))
+        want = -np.mean([(log_p(z)[i, i] + log_p(z.T)[i, i]) / 2 for i in range(5)])
+    else:
+        want = np.mean([sum(np.log1p(np.exp(-z[i, j] if i == j else z[i, j])) for j in range(5)) for i in range(5)])
+    assert float(loss.value) == pytest.approx(want, rel=1e-5)
+    found = [z[i].argmax() == i for i in range(5)] + [z[:, i].argmax() == i for i in range(5)]
+    assert sum(found[:5]) == 4 and sum(found[5:]) == 1 and float(metrics["accuracy"].value) == pytest.approx(np.mean(found))
+
+
+@pytest.mark.parametrize(
+    "task, outputs, message",
+    [
+        (
+            "classification",
+            {"last_hidden_state": 0},
+            r"needs a model with a head for it, logits \[B, C\]; this one gives last_hidden_state",
+        ),
+        ("classification", {"logits": LOGITS}, r"logits \[B, C\]; this one gives logits"),  # of tokens
+        ("contrastive", {"text_embeds": 0}, "needs text_embeds and image_embeds; the model gives text_embeds, asked for pixel_values"),
+    ],
+)
+def test_models_of_another_kind(task, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.create(task, GIVES(**outputs))({}, {"pixel_values": 0, **({"labels": 0} if task == "classification" else {})})
+
+
+def test_a_vision_model_learns_its_classes_and_a_pair_of_towers_its_pairs():
+    """Twenty steps on four images bring either loss down to less than a half."""
+    images, ids = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32), np.random.default_rng(1).integers(3, 250, (4, 8))
+    cases = [
+        ("vit", "classification", {"pixel_values": images, "labels": jnp.arange(4)}, {"num_labels": 4}),
+        ("siglip", "contrastive", {"pixel_values": images, "input_ids": ids}, {}),
+    ]
+    for family, task, batch, config in cases:
+        model = models.create(family, size="tiny", **config)
+        loss_fn, tx = tasks.create(task, model), optax.adam(1e-3)
+
+        @jax.jit
+        def step(params, opt, loss_fn=loss_fn, tx=tx, batch=batch):
+            loss, grads = jax.value_and_grad(lambda params: loss_fn(params, batch)[0].value)(params)
+            updates, opt = tx.update(grads, opt)
+            return optax.apply_updates(params, updates), opt, loss
+
+        params = jax.jit(model.init)(jax.random.key(0))
+        opt, losses = tx.init(params), []
+        for _ in range(20):
+            params, opt, loss = step(params, opt)
+            losses.append(float(loss))
+        assert losses[-1] < losses[0] / 2, (family, losses)
 
 
 def test_dropout_is_on_when_a_key_is_given():

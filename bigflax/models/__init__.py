@@ -1,19 +1,21 @@
 """Models made from nothing: `create("llama", size="tiny", hidden_size=128)`.
 
-A family is one file in `families/`: `build(**config)` composes modules, and `SIZES` names its published sizes and a `tiny` one.
+A family is one file in `families/`: `build(**config)` composes modules, and `SIZES` names its published sizes and a `tiny` one. Where a
+config holds others, `PARTS` maps the name of each (`text_config`) to the function whose arguments are its fields.
 """
 
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bigflax import nn, trees
 
 FAMILIES = (
-    "albert", "bert", "cnn", "convnext", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral",
-    "mixtral", "mobilenet_v2", "modernbert", "olmo2", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "resnet", "rnn", "roberta",
-    "smollm3", "xlm-roberta",
+    "albert", "bert", "clip", "cnn", "convnext", "deit", "dinov2", "dinov2_with_registers", "distilbert", "electra", "gemma", "gemma2",
+    "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "mobilenet_v2", "modernbert", "olmo2", "opt", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "resnet", "rnn", "roberta", "siglip", "smollm3", "vit", "xlm-roberta",
 )  # fmt: skip
 
 
@@ -29,10 +31,26 @@ def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:
     home = family(name)
     if size is not None and size not in home.SIZES:
         raise ValueError(f"{name} has no size {size!r}; {trees.did_you_mean(size, home.SIZES, 'the sizes are')}")
-    known = inspect.signature(home.build).parameters
+    chosen = home.SIZES[size] if size else {}
+    whole = _over(fields(home.build), chosen, config, name)
+    for part, build in getattr(home, "PARTS", {}).items():
+        whole[part] = _over(part_fields(build), chosen.get(part, {}), config.get(part) or {}, name, f"{part}.")
+    module = home.build(**whole)
+    return dataclasses.replace(nn.model(module, **module.example()), family=name, config=whole)
+
+
+def fields(build: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a family's `build` and their defaults."""
+    return {name: p.default for name, p in inspect.signature(build).parameters.items()}
+
+
+def part_fields(build: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of a config inside of another, and their defaults; how to compute is said once, outside."""
+    return {name: default for name, default in fields(build).items() if name not in ("dtype", "remat", "unroll")}
+
+
+def _over(known: dict[str, Any], chosen: Mapping[str, Any], config: Mapping[str, Any], name: str, path: str = "") -> dict[str, Any]:
     for key in config:
         if key not in known:
-            raise ValueError(f"{name} has no config field {key!r}; {trees.did_you_mean(key, known)}")
-    config = {name: p.default for name, p in known.items()} | (home.SIZES[size] if size else {}) | config
-    module = home.build(**config)
-    return dataclasses.replace(nn.model(module, **module.example()), family=name, config=config)
+            raise ValueError(f"{name} has no config field {path + key!r}; {trees.did_you_mean(key, known)}")
+    return {**known, **chosen, **config}

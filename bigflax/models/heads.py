@@ -9,6 +9,7 @@ the others return the outputs themselves, under the names of the transformers li
     token_classification      logits [B, T, C]
     question_answering        start_logits, end_logits [B, T]
     embedding                 sentence_embedding [B, D]: the mean over real tokens, of length 1
+    image_classification      logits [B, C]; with a teacher cls_logits and distillation_logits too (vision.py)
     None                      nothing, or an encoder's pooler_output [B, D]
 
 Left out on purpose: losses (tasks.py). Shapes: B batch, T time, D width, V vocabulary, C labels.
@@ -56,7 +57,7 @@ class MlmHead(nn.Module):
 
 class SequenceHead(nn.Module):
     """One row of scores a sequence: from its first token, its last real one, or the mean of the real ones; `act` names that of a layer
-    between, None for no layer, and `norm` follows it. With `labels` 0, what the layer makes is itself the output, `pooler_output`."""
+    between, None for no layer, and a `norm` follows. With `labels` 0, what there is before scores is the output, `pooler_output`."""
 
     labels: int
     pool: str = "first"
@@ -110,11 +111,9 @@ Head = LmHead | MlmHead | SequenceHead | TokenHead | EmbeddingHead
 
 def between(head: Any, x: jax.Array, width: int) -> jax.Array:
     """What a head does before its scores: a layer of its own, the activation that it names, its norm; nothing where it names none."""
-    if head.act is None:
-        return x
-    h = Linear(width, "embed -> _", bias=head.dense_bias, init=head.init, name="dense")(x)
-    h = pick(ACTIVATIONS, head.act, "activation")(h)
-    return h if head.norm is None else head.norm(h)
+    if head.act is not None:
+        x = pick(ACTIVATIONS, head.act, "activation")(Linear(width, "embed -> _", bias=head.dense_bias, init=head.init, name="dense")(x))
+    return x if head.norm is None else head.norm(x)
 
 
 def _last(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@
 On the left a tensor of the published file; each `{field}` counts along one leading, stacked axis of our leaf. On the right our leaf and how
 its inner dimensions, a letter each, come out of the tensor's: permuted, or taken from a dimension that holds several, outermost first.
 Where a tensor holds several leaves of one shape, S numbers them; leaves of different shapes follow one another along its first dimension.
+A dimension of size one that our leaf does not have is written 1.
 So reading any slice of a leaf reads just the part of the tensors that holds it, and writing is the same table backwards.
 
 Left out on purpose: sums, scales and other arithmetic; the tables only move numbers, and what goes out is bit for bit what came in.
@@ -57,13 +58,18 @@ class Entry:
     def letters(self) -> tuple[str, ...]:
         """The letters of our leaf's inner dimensions, S in front where there is one."""
         ours = self.pattern.partition("->")[2].split()
-        return tuple(ours) or tuple(itertools.chain(*self.groups))
+        return tuple(ours) or self._order
+
+    @property
+    def _order(self) -> tuple[str, ...]:
+        """The letters of the tensor one by one, outermost first."""
+        return tuple(letter for letter in itertools.chain(*self.groups) if letter != "1")
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         inner = [letter for letter in self.letters if letter != "S"]
         if len(shape) != len(self.fields) + len(inner):
             raise ValueError(f"{self.template}: {self.pattern!r} does not fit a leaf of shape {shape}")
-        return {**dict(zip(inner, shape[len(self.fields) :], strict=True)), "S": len(self.leaves)}
+        return {**dict(zip(inner, shape[len(self.fields) :], strict=True)), "S": len(self.leaves), "1": 1}
 
     def _extent(self, group: tuple[str, ...], shape: tuple[int, ...]) -> int:
         sizes = self._sizes(shape)
@@ -98,7 +104,7 @@ class Entry:
 
         def one(place: tuple[tuple[int, int], ...]) -> None:
             name = self._name(tuple(i for _, i in place))
-            _copy(out[tuple(at for at, _ in place)], self._part(leaf, spans[k:], shapes, tensor(name)))
+            _copy(out[(*(at for at, _ in place), ...)], self._part(leaf, spans[k:], shapes, tensor(name)))
             done(name)
 
         places = itertools.product(*(enumerate(span) for span in spans[:k]))
@@ -114,31 +120,30 @@ class Entry:
         sizes, number = self._sizes(shapes[leaf]), self.leaves.index(leaf)
         inner = [letter for letter in self.letters if letter != "S"]
         want = {letter: slice(span.start, span.stop) for letter, span in zip(inner, spans, strict=True)}
-        want["S"] = slice(number, number + 1)
+        want |= {"S": slice(number, number + 1), "1": slice(0, 1)}
         begin = 0 if self._stacked else sum(self._extent(self.groups[0], shapes[other]) for other in self.leaves[:number])
         cuts, loaded, remaining = [], [], []
         for i, (outer, *others) in enumerate(self.groups):
             step, offset = math.prod(sizes[letter] for letter in others), begin if i == 0 else 0
             cuts.append(slice(offset + want[outer].start * step, offset + want[outer].stop * step))
-            loaded += [want[outer].stop - want[outer].start, *(sizes[letter] for letter in others)]
-            remaining += [slice(None), *(want[letter] for letter in others)]
+            if outer != "1":
+                loaded += [want[outer].stop - want[outer].start, *(sizes[letter] for letter in others)]
+                remaining += [slice(None), *(want[letter] for letter in others)]
         a = np.asarray(tensor[tuple(cuts)]).reshape(loaded)[tuple(remaining)]
-        order = list(itertools.chain(*self.groups))
-        a = a.transpose([order.index(letter) for letter in self.letters])
+        a = a.transpose([self._order.index(letter) for letter in self.letters])
         return a[0] if self._stacked else a
 
     def write(self, at: tuple[int, ...], leaf: Callable[[str], np.ndarray]) -> np.ndarray:
         """The tensor at one place along the stacked axes; `leaf(name)` is a whole leaf of ours."""
         parts = [leaf(name)[at] for name in self.leaves]
-        order = list(itertools.chain(*self.groups))
         if self._stacked:
             parts = [np.stack(parts)]
         tensors = []
         for part in parts:
-            sizes = dict(zip(self.letters, part.shape, strict=True))
+            sizes = {**dict(zip(self.letters, part.shape, strict=True)), "1": 1}
             flat = [math.prod(sizes[letter] for letter in group) for group in self.groups]
-            tensors.append(part.transpose([self.letters.index(letter) for letter in order]).reshape(flat))
-        return np.asarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), order="C")
+            tensors.append(part.transpose([self.letters.index(letter) for letter in self._order]).reshape(flat))
+        return np.asarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), order="C")  # a number stays one
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ nothing else. With `memory`, the states of another sequence, blocks that have a 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import ops
-from bigflax.models.heads import Head
 from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, dropout, stack, weight
 from bigflax.sharding import constrain
 
@@ -95,6 +95,9 @@ class Block(nn.Module):
     sandwich   x += norm'(f(norm(x)))                       Gemma 2 and 3
     parallel   x += attention(norm(x)) + mlp(norm'(x))      GPT-NeoX
 
+    A `layer_scale` multiplies each f by a learned vector that begins so (CaiT: Touvron et al. 2021, 2103.17239); `drop_path` is the chance
+    that an f is left out for a whole row in training.
+
     Returns x and what the layer has to say beside it: {"hidden"} on request, the "cache" of one that was given, and "router" of a mixture.
     """
 
@@ -104,6 +107,8 @@ class Block(nn.Module):
     order: str = "pre"
     cross: Attention | None = None
     without: tuple[str, ...] = ()  # norms that it does not have: "norm1" of ModernBERT's first layer, behind the embedding's own
+    layer_scale: float | None = None
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, keep=False, memory=None, memory_segments=None, **where):
@@ -126,8 +131,16 @@ class Block(nn.Module):
             y_BTD, seen["router"] = self.mlp(x_BTD, None if real is None else real > 0)
             return y_BTD
 
+        def branch(name, part, x_BTD):
+            y_BTD = part(x_BTD)
+            if self.layer_scale is not None:
+                begin = nn.initializers.constant(self.layer_scale)
+                y_BTD *= weight(self, name.replace("norm", "scale"), y_BTD.shape[-1:], "norm", begin).astype(y_BTD.dtype)
+            return dropout(self, y_BTD, self.drop_path, rows=True)
+
         norm = lambda name, x_BTD: x_BTD if name in self.without else self.norm.clone(parent=self, name=name)(x_BTD)
         parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
+        parts = {name: functools.partial(branch, name, part) for name, part in parts.items()}
         if self.order == "parallel":
             x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
         else:
@@ -207,11 +220,12 @@ class Transformer(nn.Module):
     "blocks/0", "blocks/1" ...; those of several groups below "blocks_0", "blocks_1" ...
     """
 
-    embed: Embed
+    embed: Any  # Embed, or what takes another input (vision.PatchEmbed)
     groups: tuple[Group, ...]
     project: Linear | None = None  # from an embedding of another width
     norm: Norm | None = None
-    head: Head | None = None
+    norm_states: bool = True  # the last of `hidden_states` is after the final norm: whichever transformers has in the family
+    head: nn.Module | None = None  # heads.py, vision.py
     remat: str = "none"
     unroll: int | bool = 1
 
@@ -231,12 +245,13 @@ class Transformer(nn.Module):
         x0_BTD = x0_BTD if self.project is None else self.project(x0_BTD)
         where = {"positions": position_ids, **visibility(x0_BTD, attention_mask, segment_ids, cached=cache is not None)}
         x_BTD, seen = self._run(x0_BTD, cache, keep=hidden_states, memory=memory, memory_segments=memory_segments, **where)
+        bare_BTD = x_BTD
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out: dict[str, Any] = {"last_hidden_state": x_BTD}
         if hidden_states:
-            # The last of the tuple is after the final norm, as in transformers.
-            out["hidden_states"] = (x0_BTD, *(seen["hidden"][i] for i in range(len(seen["hidden"]) - 1)), x_BTD)
+            last_BTD = x_BTD if self.norm_states else bare_BTD
+            out["hidden_states"] = (x0_BTD, *(seen["hidden"][i] for i in range(len(seen["hidden"]) - 1)), last_BTD)
         if cache is not None:
             out["cache"] = seen["cache"]
         if "router" in seen:

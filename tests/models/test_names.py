@@ -20,6 +20,10 @@ CASES = {  # the line, the leaves' shapes, the tensor's shape
         ((N + 2 * K) * H, D),
     ),
     "a single number": (("h.{l}.count", "blocks/count", ""), {"blocks/count": (L,)}, ()),
+    "ones that we leave out": (("p", "w", "1 1 V D -> V D"), {"w": (F, D)}, (1, 1, F, D)),
+    "a number": (("scale", "w", ""), {"w": ()}, ()),
+    "a number in a row": (("scale", "w", "1"), {"w": ()}, (1,)),
+    "filters": (("p", "w", "D C P Q -> C P Q D"), {"w": (E, K, H, D)}, (D, E, K, H)),
     "experts": (("h.{l}.e.{e}.w", "blocks/w", "F D -> D F"), {"blocks/w": (L, E, D, F)}, (F, D)),
 }
 

@@ -15,7 +15,7 @@ import pytest
 from families import FAMILIES, HEADS, OURS_ALONE, VARIANTS, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
 
 import bigflax
-from bigflax import models, trees, weights
+from bigflax import models, tasks, trees, weights
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install 'bigflax[parity]'")
 pytest.importorskip("transformers")
@@ -54,6 +54,9 @@ def both(family, head, saved, **given):
     with torch.no_grad():
         at = {"position_ids": given["position_ids"] + 1} if "position_ids" in given and "roberta" in family else {}  # rows; padding's is 0
         want = theirs(**{name: torch.from_numpy(np.asarray(x)) for name, x in (given | at).items()}, output_hidden_states=True)
+    want = dict(want)
+    for tower in {"text", "vision"} & {name.removesuffix("_model_output") for name in want}:
+        want[f"{tower}_hidden_states"] = want[f"{tower}_model_output"].hidden_states
     model, params = bigflax.load(folder, **({"head": "embedding"} if head == "embedding" else {}))
     got = jax.jit(functools.partial(model.apply, hidden_states=True))(params, **given)
     return got, want
@@ -70,7 +73,7 @@ def test_outputs(family, head, kind, saved):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             near(masked(a, reals), masked(b, reals), f"{name} {i}")
     if head == "embedding":
-        h, m = want.last_hidden_state.numpy(), reals[0][..., None]
+        h, m = want["last_hidden_state"].numpy(), reals[0][..., None]
         mean = (h * m).sum(1) / m.sum(1)
         near(got["sentence_embedding"], mean / np.linalg.norm(mean, axis=-1, keepdims=True))
 
@@ -122,6 +125,23 @@ def test_saved_again_it_is_the_same_file(family, head, saved, tmp_path):
     back = type(theirs).from_pretrained(tmp_path)
     for name, w in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], w), name
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if "pixel_values" in inputs(family)[0] and "input_ids" in inputs(family)[0]]
+)
+def test_the_loss_of_pairs(family, saved):
+    """Its value and the gradients of the learned scale and bias."""
+    theirs, folder = saved(family, None)
+    given, _ = inputs(family, "padded right")
+    want = theirs(**{name: torch.from_numpy(x) for name, x in given.items()}, return_loss=True).loss
+    theirs.zero_grad()
+    want.backward()
+    model, params = bigflax.load(folder)
+    loss, grads = jax.value_and_grad(lambda params: tasks.contrastive(model)(params, given)[0].value)(params)
+    near(loss, want.item())
+    for name in {"logit_scale", "logit_bias"} & params.keys():
+        near(grads[name], getattr(theirs, name).grad.numpy().reshape(()), name)
 
 
 def test_every_head_is_compared():

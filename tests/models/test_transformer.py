@@ -134,6 +134,25 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("mobilenet_v2", "0.75-160"): 2_636_424 + 1281,
     ("mobilenet_v2", "0.35-96"): 1_677_128 + 1281,
     ("cnn", "mnist"): (9 * 32 + 64) + (9 * 32 * 64 + 128) + (7 * 7 * 64 + 1) * 128 + 129 * 10,  # ours: by hand
+    ("vit", "base-patch16"): 86_567_656,  # with the classes of ImageNet, as DeiT, which has two heads of them
+    ("vit", "large-patch16"): 304_326_632,
+    ("deit", "tiny-patch16"): 5_910_800,
+    ("deit", "small-patch16"): 22_436_432,
+    ("deit", "base-patch16"): 87_338_192,
+    ("dinov2", "small"): 22_056_576,
+    ("dinov2", "base"): 86_580_480,
+    ("dinov2", "large"): 304_368_640,
+    ("dinov2", "giant"): 1_136_480_768,
+    ("dinov2_with_registers", "small"): 22_058_112,
+    ("dinov2_with_registers", "base"): 86_583_552,
+    ("dinov2_with_registers", "large"): 304_372_736,
+    ("dinov2_with_registers", "giant"): 1_136_486_912,
+    ("clip", "base-patch32"): 151_277_313,
+    ("clip", "base-patch16"): 149_620_737,
+    ("clip", "large-patch14"): 427_616_513,
+    ("siglip", "base-patch16-224"): 203_155_970,
+    ("siglip", "large-patch16-256"): 652_150_786,
+    ("siglip", "so400m-patch14-384"): 877_960_498,
     ("bert", "base"): 109_514_298,
     ("bert", "large"): 335_174_458,
     ("bert", "minilm-l6"): 22_713_216 - 384 * 385 + (384 * 385 + 2 * 384 + 30_522),  # published with a pooler and without a head
@@ -142,7 +161,7 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
 
 @pytest.mark.parametrize("family, size", PUBLISHED, ids=str)
 def test_parameter_count(family, size):
-    model = models.create(family, size=size)
+    model = models.create(family, size=size, **({"num_labels": 1000} if family in ("vit", "deit") else {}))
     trained, _ = trees.partition(model.shapes(), weights.trainable(model.shapes(), model.axes))  # running statistics are not counted
     assert trees.count(trained) == PUBLISHED[family, size]
 
