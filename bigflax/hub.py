@@ -47,6 +47,7 @@ OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a fami
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
+CARRIED = r"(generation|preprocessor|processor)_config\.json"  # what else of a loaded folder stays true
 SHARD_BYTES = 5 * 2**30
 
 
@@ -68,6 +69,8 @@ def load(
     home = models.family(family)
     config["head"] = _head_of(said, home) if head == "" else head
     files = open_tensors(folder)
+    if hasattr(home, "settle"):  # what the files say and the config does not
+        config |= home.settle(config, files)
     stored = next(iter(files.values())).dtype if files else jnp.dtype("float32")
     dtype = jnp.dtype(dtype or stored)
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
@@ -118,12 +121,13 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
         raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
     home = models.family(kind)
     renamed = getattr(home, "RENAMED", {})
-    said, fixed = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}, {**FIXED, **home.FIXED}
+    said = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}
     known = [name for name in inspect.signature(home.build).parameters if name not in OURS]
     for field, value in said.items():
+        harmless = field in HARMLESS or any(re.fullmatch(pattern, field) for pattern in home.IGNORED)
+        fixed = home.FIXED if harmless else {**FIXED, **home.FIXED}
         if field in fixed and value not in (fixed[field], None):
             raise ValueError(f"{folder!r} says {field} = {value!r}, and {kind} is supported with {fixed[field]!r} only")
-        harmless = field in HARMLESS or any(re.fullmatch(pattern, field) for pattern in home.IGNORED)
         if field not in known and field not in fixed and not harmless:
             raise ValueError(
                 f"{folder!r} has the field {field!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
@@ -222,7 +226,8 @@ def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
     home = models.family(model.family)
     prefix = home.PREFIX if prefixed else ""
     strip = lambda name: prefix + name.removeprefix(home.PREFIX) if name.startswith(home.PREFIX) else name
-    table = {prefix + name: line for name, line in home.NAMES.items()}
+    base = home.names(model.config) if hasattr(home, "names") else home.NAMES
+    table = {prefix + name: line for name, line in base.items()}
     table |= {strip(name): line for name, line in home.HEADS[model.config["head"]][1].items()}
     there = {name for name, _ in trees.named_leaves(model.shapes())}
     wanted = [entry for entry in names.entries(table, model.module.places()) if there.issuperset(entry.leaves)]
@@ -248,7 +253,8 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
         raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
     tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"(lm_head|embed_out)\.weight"]
     heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
-    known = re.compile("|".join([*home.BUFFERS, *tied, *heads]) or r"(?!)")
+    unused = getattr(home, "UNUSED", {}).get(model.config["head"], ())
+    known = re.compile("|".join([*home.BUFFERS, *unused, *tied, *heads]) or r"(?!)")
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
         raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
     for name, (_, shape) in expected.items():
@@ -279,7 +285,8 @@ def save(
     """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
 
     `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
-    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded.
+    `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded, as do the
+    configs of generation and preprocessing.
     """
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
@@ -306,7 +313,11 @@ def save(
     if jax.process_index() != 0:
         return
     _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
-    _copy_tokenizer(tokenizer or model.source, folder)
+    _copy(CARRIED, model.source, folder)
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        _copy(TOKENIZER_FILES, tokenizer or model.source, folder)
+    else:
+        tokenizer.save(folder)
 
 
 def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
@@ -363,22 +374,20 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
         fields = {k: v for k, v in fields.items() if not k.startswith("rope_") and k != "partial_rotary_factor"}
     labels = model.config["num_labels"]
-    if labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
+    taken = inspect.signature(home.build).parameters["num_labels"].default  # for granted, where a config says nothing
+    if labels != (len(said.get("id2label") or ()) or taken):
         fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
     stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
 
 
-def _copy_tokenizer(tokenizer: Any, folder: str) -> None:
-    if tokenizer is None:
+def _copy(pattern: str, source: Any, folder: str) -> None:
+    """The files of `source`, where there is one, whose whole names match."""
+    if source is None or os.path.abspath(source) == os.path.abspath(folder):
         return
-    if not isinstance(tokenizer, str | os.PathLike):
-        tokenizer.save(folder)
-        return
-    if os.path.abspath(tokenizer) != os.path.abspath(folder):
-        for name in sorted(os.listdir(tokenizer)):
-            if re.fullmatch(TOKENIZER_FILES, name):
-                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(folder, name))
+    for name in sorted(os.listdir(source)):
+        if re.fullmatch(pattern, name):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def _replace(path: str, text: str) -> None:

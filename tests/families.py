@@ -12,18 +12,26 @@ HEADS = (
     "token_classification",
     "question_answering",
     "discriminator",
+    "seq2seq_lm",
     "embedding",
     None,
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
-READS: dict[str, str] = {}
+READS: dict[str, str] = {"bart": "pairs", "mt5": "pairs", "t5": "pairs", "whisper": "speech"}
 OURS_ALONE: set[str] = set()
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
 COMMON = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=44, max_position_embeddings=LONGEST)
 DECODER = dict(**COMMON, num_key_value_heads=2)
 rope = lambda **more: dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0) | more)
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
+SIDES = dict(layers=3, attention_heads=4, ffn_dim=44)
+PAIR = dict(d_model=24, **{f"{side}_{field}": n for side in ("encoder", "decoder") for field, n in SIDES.items()}) | dict(decoder_layers=2)
+T5 = dict(
+    d_model=24, d_kv=5, d_ff=44, num_layers=3, num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8,
+    relative_attention_max_distance=12, decoder_start_token_id=0,
+)  # fmt: skip
 FAMILIES = {
+    "bart": dict(PAIR, max_position_embeddings=LONGEST, scale_embedding=True, decoder_start_token_id=2),
     "bert": COMMON,
     "distilbert": dict(dim=24, n_layers=3, n_heads=4, hidden_dim=44, max_position_embeddings=LONGEST),
     "electra": dict(COMMON, embedding_size=12),
@@ -42,6 +50,7 @@ FAMILIES = {
         DECODER, **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8),
     ),
     "mistral": dict(DECODER, sliding_window=4),
+    "mt5": T5,
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
@@ -50,6 +59,8 @@ FAMILIES = {
     "qwen2": dict(DECODER, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(DECODER, head_dim=8),
     "roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
+    "t5": T5,
+    "whisper": dict(PAIR, num_mel_bins=10, max_source_positions=7, max_target_positions=LONGEST, decoder_start_token_id=1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 LABELS = 5
@@ -63,11 +74,12 @@ def torch_model(family, head):
     from bigflax import models
 
     labels = 2 if head == "question_answering" else LABELS  # start and end
-    tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
+    words = READS.get(family, "tokens") in ("tokens", "pairs", "speech")
+    tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if words else {}
     config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **FAMILIES[family]})
     model = getattr(transformers, models.family(family).HEADS[head][0])(config).eval()
     with torch.no_grad():
-        for name, w in model.named_parameters():
+        for name, w in [*model.named_parameters(), *((name, w) for name, w in model.named_buffers() if name == "final_logits_bias")]:
             w.copy_(torch.from_numpy(drawn(name, tuple(w.shape))))
     return model
 
@@ -110,8 +122,31 @@ def _tokens(family, kind, rng):
     return given, [real]
 
 
+def _pairs(family, kind, rng):
+    """Rows for the encoder, and for the decoder shorter ones; BART's are as long, for its classifier looks where the encoder reads eos."""
+    given, (real,) = _tokens(family, kind, rng)
+    if family == "bart":
+        given["input_ids"] = np.where(real & (real[:, ::-1].cumsum(1)[:, ::-1] == 1), 2, given["input_ids"])
+    given.pop("position_ids", None)
+    length, side = real.shape[1] - (0 if family == "bart" else 2), slice(None) if kind != "padded left" else slice(None, None, -1)
+    decoded = real[:, side][:, :length][:, side]
+    ids = np.where(decoded, rng.integers(3, VOCAB, decoded.shape), 0)
+    return given | {"decoder_input_ids": ids, "decoder_attention_mask": decoded.astype(np.int64)}, [real, decoded]
+
+
+def _speech(family, kind, rng):
+    """Spectrograms as long as the model's table of positions, and rows of tokens."""
+    given, (real,) = _tokens(family, kind, rng)
+    sound = rng.normal(size=(3, 10, 14)).astype(np.float32)
+    return {"input_features": sound, "decoder_input_ids": given["input_ids"], "decoder_attention_mask": given["attention_mask"]}, [real]
+
+
 # what a family reads -> (maker of inputs, their kinds)
-READERS = {"tokens": (_tokens, ("plain", "padded right", "padded left", "longest"))}
+READERS = {
+    "tokens": (_tokens, ("plain", "padded right", "padded left", "longest")),
+    "pairs": (_pairs, ("plain", "padded right", "padded left", "longest")),
+    "speech": (_speech, ("plain", "padded right", "longest")),
+}
 
 
 def masked(x, reals):

@@ -11,8 +11,8 @@ from typing import Any
 from bigflax import nn, trees
 
 FAMILIES = (
-    "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2",
-    "qwen3", "roberta", "xlm-roberta",
+    "bart", "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mt5", "olmo2", "opt",
+    "phi3", "qwen2", "qwen3", "roberta", "t5", "whisper", "xlm-roberta",
 )  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def saved(tmp_path_factory):
 
 def both(family, head, saved, **given):
     theirs, folder = saved(family, head)
+    if head == "embedding":
+        given = {name: x for name, x in given.items() if not name.startswith("decoder")}
     with torch.no_grad():
         at = {"position_ids": given["position_ids"] + 1} if "position_ids" in given and "roberta" in family else {}  # rows; padding's is 0
         want = theirs(**{name: torch.from_numpy(np.asarray(x)) for name, x in (given | at).items()}, output_hidden_states=True)
