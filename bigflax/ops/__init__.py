@@ -3,7 +3,8 @@
 from bigflax.ops.attention import attention
 from bigflax.ops.cross_entropy import linear_cross_entropy
 from bigflax.ops.matmul import einsum, take
+from bigflax.ops.mel import log_mel
 from bigflax.ops.norms import layer_norm, rms_norm
 from bigflax.ops.rope import rope, rope_frequencies
 
-__all__ = ["attention", "einsum", "layer_norm", "linear_cross_entropy", "rms_norm", "rope", "rope_frequencies", "take"]
+__all__ = ["attention", "einsum", "layer_norm", "linear_cross_entropy", "log_mel", "rms_norm", "rope", "rope_frequencies", "take"]

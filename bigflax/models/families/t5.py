@@ -73,7 +73,12 @@ def build(
 
     def stack(layers: int, decodes: bool) -> Transformer:
         mlp = Mlp(
-            d_ff, "gelu_new" if feed_forward_proj == "gated-gelu" else act, gated=gate == "gated", dropout=drop, init=init(d_model), out_init=init(d_ff)
+            d_ff,
+            "gelu_new" if feed_forward_proj == "gated-gelu" else act,
+            gated=gate == "gated",
+            dropout=drop,
+            init=init(d_model),
+            out_init=init(d_ff),
         )
         block = Block(attention(decodes), mlp, norm(), cross=attention(False, cross=True) if decodes else None)
         return Transformer(

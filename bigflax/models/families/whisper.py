@@ -59,7 +59,15 @@ def build(
 
     def attention(heads: int, causal: bool, cross: bool = False) -> Attention:
         return Attention(
-            heads, head_width(d_model, heads), causal=causal, cross=cross, bias=True, k_bias=False, dropout=dropout, init=init, out_init=init
+            heads,
+            head_width(d_model, heads),
+            causal=causal,
+            cross=cross,
+            bias=True,
+            k_bias=False,
+            dropout=dropout,
+            init=init,
+            out_init=init,
         )
 
     def stack(embed: Any, layers: int, heads: int, width: int, decodes: bool) -> Transformer:
