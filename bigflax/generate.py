@@ -3,7 +3,8 @@
     tokens = generate(model, params, prompt_BT, max_new_tokens=100, temperature=0.8, top_k=50, rng=key)
     tokens = generate(model, params, input_features=log_mel(sound), decoder_input_ids=prompt_BT, max_new_tokens=100, temperature=0)
 
-An encoder runs once; what the decoder's layers make of its states is kept beside their own keys and values. Runs wherever the weights lie (`tracing_on(mesh)` around the call lays out activations too). Temperature 0 is greedy.
+An encoder runs once; what the decoder's layers make of its states is kept beside their own keys and values. Runs wherever the weights lie
+(`tracing_on(mesh)` around the call lays out activations too). Temperature 0 is greedy.
 Left out on purpose: beam search, speculative decoding, continuous batching: serving is another program's work.
 """
 
@@ -63,8 +64,6 @@ def check(
 ) -> None:
     """Raises the ValueErrors of `generate` that a prompt's length and the options decide: before a long training, say."""
     decoder, new = _decoder(model), max_new_tokens
-    if decoder is None or not decoder.groups[0].blocks[0].attention.causal or not isinstance(getattr(model.module, "head", None), LmHead):
-        raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2, llama or t5")
     if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         said = f"max_new_tokens {new}, temperature {temperature}, top_k {top_k} and top_p {top_p}"
         raise ValueError(f"{said} are to be at least 1, at least 0, at least 1 (or None), and above 0 up to 1 (or None)")
@@ -74,10 +73,13 @@ def check(
         )
 
 
-def _decoder(model: Model) -> Transformer | None:
-    """The stack that would write, if there is one."""
+def _decoder(model: Model) -> Transformer:
+    """The stack that writes. Raises ValueError where none does."""
     module = model.module.decoder if isinstance(model.module, Seq2Seq) else model.module
-    return module if isinstance(module, Transformer) and isinstance(module.embed, Embed) else None
+    if isinstance(module, Transformer) and isinstance(module.embed, Embed) and isinstance(model.module.head, LmHead):
+        if module.groups[0].blocks[0].attention.causal:
+            return module
+    raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2, llama or t5")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "mesh"))

@@ -152,7 +152,7 @@ BUCKETS = {
 @pytest.mark.parametrize("both_ways", BUCKETS)
 def test_relative_bias(both_ways):
     """Whole, and for the queries from 7 on alone as a cache asks for them, where the start is data."""
-    params, apply = made(nn.RelativeBias(N, 8, 10, both_ways), 13, 13)
+    params, _ = made(nn.RelativeBias(N, 8, 10, both_ways), 13, 13)
     w = np.asarray(params["w"])
     want = np.stack([[w[BUCKETS[both_ways][s - t]] for s in range(13)] for t in range(13)]).transpose(2, 0, 1)[None]
     module = nn.RelativeBias(N, 8, 10, both_ways)

@@ -65,28 +65,27 @@ class Seq2Seq(nn.Module):
         self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None, *, input_features=None,
         position_ids=None, segment_ids=None, decoder_position_ids=None, decoder_segment_ids=None, cache=None, logits=True, hidden_states=False,
     ):  # fmt: skip
-        table, out = self.embed(), {}
+        table, encoded = self.embed(), {}
         if input_features is not None and attention_mask is not None:
             raise ValueError("input_features go without attention_mask: silence is a part of them, and the encoder hears it")
         if segment_ids is not None and self.decoder is not None and decoder_segment_ids is None:
             raise ValueError("sources packed by segment_ids need decoder_segment_ids, which say whose target is where")
-        if input_ids is None and input_features is None and cache is not None:
-            memory = None  # what was made of it is in the cache
-        else:
+        if input_ids is not None or input_features is not None or cache is None:  # else what was made of it is in the cache
             encoded = self.encoder(
                 input_ids, attention_mask, position_ids=position_ids, segment_ids=segment_ids, input_features=input_features, table=table,
                 hidden_states=hidden_states,
             )  # fmt: skip
-            memory = encoded["last_hidden_state"]
-            out = {f"encoder_{name}": x for name, x in encoded.items()}
-            if self.decoder is None:
-                real_BS = attention_mask if segment_ids is None else segment_ids
-                return encoded if self.head is None else encoded | self.head(memory, table, None if real_BS is None else real_BS > 0)
+        memory, memory_segments = encoded.get("last_hidden_state"), attention_mask if segment_ids is None else segment_ids
+        if self.decoder is None:
+            return encoded | (
+                {} if self.head is None else self.head(memory, table, None if memory_segments is None else memory_segments > 0)
+            )
         decoded = self.decoder(
             self._read_again(input_ids) if decoder_input_ids is None else decoder_input_ids, decoder_attention_mask,
             position_ids=decoder_position_ids, segment_ids=decoder_segment_ids, memory=memory,
-            memory_segments=attention_mask if segment_ids is None else segment_ids, table=table, cache=cache, hidden_states=hidden_states,
+            memory_segments=memory_segments, table=table, cache=cache, hidden_states=hidden_states,
         )  # fmt: skip
+        out = {f"encoder_{name}": x for name, x in encoded.items()}
         out |= {f"decoder_{name}" if name == "hidden_states" else name: x for name, x in decoded.items()}
         if self.head is not None:
             real_BT = input_ids == self.eos if isinstance(self.head, SequenceHead) else None

@@ -13,6 +13,7 @@ nothing else. With `memory`, the states of another sequence, blocks that have a 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,8 +114,8 @@ class Block(nn.Module):
             y_BTD, seen["cache"] = self.attention(x_BTD, own, **where)
             return y_BTD
 
-        def look(x_BTD):
-            y_BTD, new = self.cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
+        def look(cross, x_BTD):
+            y_BTD, new = cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
             seen["cache"] = None if cache is None else {"own": seen["cache"], "cross": new}
             return y_BTD
 
@@ -124,7 +125,7 @@ class Block(nn.Module):
             return y_BTD
 
         norm = lambda name, x_BTD: self.norm.clone(parent=self, name=name)(x_BTD)
-        parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
+        parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": functools.partial(look, self.cross)}), "norm2": think}
         if self.order == "parallel":
             x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
         else:

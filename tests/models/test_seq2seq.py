@@ -18,7 +18,9 @@ VOCAB, S, T = 40, 7, 5
 FAMILIES = {
     "t5": dict(d_model=32, num_decoder_layers=3, relative_attention_num_buckets=8, relative_attention_max_distance=6),
     "bart": dict(d_model=32, decoder_layers=3, max_position_embeddings=16, pad_token_id=0),
-    "whisper": dict(d_model=32, decoder_layers=3, max_source_positions=8, max_target_positions=16, decoder_start_token_id=1, pad_token_id=0),
+    "whisper": dict(
+        d_model=32, decoder_layers=3, max_source_positions=8, max_target_positions=16, decoder_start_token_id=1, pad_token_id=0
+    ),
 }
 each_family = pytest.mark.parametrize("name", FAMILIES)
 READERS = pytest.mark.parametrize("name", ["t5", "bart"])
@@ -98,7 +100,7 @@ def test_what_comes_out(name):
     np.testing.assert_array_equal(out["decoder_hidden_states"][-1], out["last_hidden_state"])
     assert len({float(jnp.abs(x).sum()) for side in ("encoder", "decoder") for x in out[f"{side}_hidden_states"]}) == 7
     assert "logits" not in apply(params, **batch, logits=False)
-    loss, metrics = jax.jit(tasks.token_loss(model))(params, {**batch, "labels": labels})
+    loss, _ = jax.jit(tasks.token_loss(model))(params, {**batch, "labels": labels})
     want = optax.softmax_cross_entropy_with_integer_labels(out["logits"], np.maximum(labels, 0))
     assert int(loss.count) == 8
     np.testing.assert_allclose(loss.total, np.where(labels == -100, 0, want).sum(), rtol=1e-5)
@@ -120,7 +122,9 @@ def test_every_weight_learns(name):
 def test_a_fresh_model_knows_nothing():
     for name in FAMILIES:
         model = made(name)[0]
-        logits = np.asarray(jax.jit(model.apply)(jax.jit(model.init)(jax.random.key(0)), **source(name, 4), decoder_input_ids=ids(4, T))["logits"])
+        logits = np.asarray(
+            jax.jit(model.apply)(jax.jit(model.init)(jax.random.key(0)), **source(name, 4), decoder_input_ids=ids(4, T))["logits"]
+        )
         # T5's rows are of size 1 and its head is tied: a token read is likelier to be written, as in its paper's own start
         bound = 1.0 if name == "t5" else 0.1
         assert abs(np.log(np.exp(logits).sum(-1)).mean() - np.log(VOCAB)) < bound, name
@@ -128,7 +132,7 @@ def test_a_fresh_model_knows_nothing():
 
 def test_a_classifier_looks_where_eos_was_read():
     """And reads the source again, shifted; tokens behind the last eos change nothing."""
-    model, params, apply = made("bart", head="sequence_classification", num_labels=4)
+    _, params, apply = made("bart", head="sequence_classification", num_labels=4)
     rows = ids(2, S)
     rows[0, 4] = rows[1, 2] = rows[1, 5] = 2
     mask = np.array([[1] * 5 + [0] * 2, [1] * 6 + [0]])
@@ -266,7 +270,7 @@ def test_mistakes(name, inputs, message):
 def test_mistakes_of_configs():
     with pytest.raises(ValueError, match="feed_forward_proj 'gatd-gelu' is neither an activation nor 'gated-' and one"):
         models.create("t5", size="tiny", feed_forward_proj="gatd-gelu")
-    with pytest.raises(ValueError, match="unknown head 'causal_lm'; .*'seq2seq_lm'"):
+    with pytest.raises(ValueError, match=r"unknown head 'causal_lm'; .*'seq2seq_lm'"):
         models.create("bart", size="tiny", head="causal_lm")
 
 
