@@ -130,6 +130,16 @@ def test_a_fresh_model_knows_nothing():
         assert abs(np.log(np.exp(logits).sum(-1)).mean() - np.log(VOCAB)) < bound, name
 
 
+def test_fresh_weights_of_t5():
+    """Of deviation 1 / sqrt(inputs), but q, which is not scaled later: 1 / sqrt(D H); rows 1. To five deviations of the estimate."""
+    model = models.create("t5", size="tiny", d_kv=8, d_ff=96)
+    params = dict(trees.named_leaves(jax.device_get(jax.jit(model.init)(jax.random.key(0)))))
+    want = {"attention/q": 64 * 8, "attention/k": 64, "cross/v": 64, "cross/out": 4 * 8, "mlp/up": 64, "mlp/down": 96}
+    want = {f"decoder/blocks/{leaf}": size for leaf, size in want.items()} | {"embed/tokens": 1, "encoder/relative/w": 64}
+    for leaf, size in want.items():
+        assert abs(params[leaf].std() * size**0.5 - 1) < 5 / (2 * params[leaf].size) ** 0.5, leaf
+
+
 def test_a_classifier_looks_where_eos_was_read():
     """And reads the source again, shifted; tokens behind the last eos change nothing."""
     _, params, apply = made("bart", head="sequence_classification", num_labels=4)
