@@ -204,6 +204,12 @@ def test_what_a_folder_holds_beside_weights_is_carried_over(tmp_path):
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"it": "generation_config"}
 
 
+def test_two_labels_are_written_where_three_are_taken_for_granted(tmp_path):
+    model = models.create("bart", size="tiny", **FAMILIES["bart"], head="sequence_classification", num_labels=2)
+    bigflax.save(model, jax.jit(model.init)(jax.random.key(0)), str(tmp_path))
+    assert bigflax.load(str(tmp_path))[0].config["num_labels"] == 2
+
+
 def test_an_encoder_of_a_pair(tmp_path):
     """Of T5's folder the encoder alone is read, and a folder of it is written and read; without the name of the head it is whole again."""
     model, params, apply = made("t5")
