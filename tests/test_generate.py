@@ -37,7 +37,7 @@ def made(name):
     rng = np.random.default_rng(5 if name in PAIRS else 3)
     draw = lambda axes, s: rng.normal(size=s.shape) * (0.5 if "embed" in axes else 0.1) + (axes.endswith("norm") and 1)
     if name in PAIRS:  # small rows, or what was read last is written next, whatever the encoder says
-        size = lambda leaf, axes: 0.7 if "embed" in axes and leaf != "embed/tokens" else 0.1
+        size = lambda leaf, axes: 4.0 if leaf.endswith("relative/w") else 0.7 if "embed" in axes and leaf != "embed/tokens" else 0.1
         one = lambda leaf, s, axes: jnp.asarray(rng.normal(size=s.shape) * size(leaf, axes) + leaf.endswith("scale"), jnp.float32)
         return model, trees.map_named(one, model.shapes(), model.axes), jax.jit(model.apply)
     params = jax.tree.map(lambda axes, s: jnp.asarray(draw(axes, s), jnp.float32), model.axes, model.shapes())
