@@ -1,6 +1,8 @@
 """Speech: spectrograms into states. Whisper's two convolutions; Radford et al. 2022 (arXiv 2212.04356), section 2.2.
 
-Input: `input_features` [B, M, T], as ops.log_mel makes them. Shapes: B batch, T frames, M mels, W taps of a convolution, C channels, D width.
+Input: `input_features` [B, M, T], as ops.log_mel makes them.
+Left out on purpose: masking parts of a spectrogram while training (SpecAugment), which is a transform of data.
+Shapes: B batch, T frames, M mels, W taps of a convolution, C channels, D width.
 """
 
 import flax.linen as nn

@@ -121,7 +121,7 @@ BUFFERS = (r"(encoder|decoder)\.embed_tokens\.weight", r"(encoder|decoder)\.vers
 IGNORED = (
     "attention_dropout", "activation_dropout", "(en|de)coder_layerdrop", "forced_[be]os_token_id", "num_beams", "min_length", "length_penalty",
     "no_repeat_ngram_size", "early_stopping", "num_hidden_layers", "classif_dropout", "save_step", "extra_pos_embeddings",
-    "output_past", "force_bos_token_to_be_generated",
+    "output_past", "force_bos_token_to_be_generated", "_num_labels",
 )  # fmt: skip
 FIXED = {
     "is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False, "add_bias_logits": False, "normalize_embedding": True,
