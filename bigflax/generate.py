@@ -1,8 +1,10 @@
 """Decoding with a key-value cache: one compiled prefill, one compiled scan of single-token steps.
 
     tokens = generate(model, params, prompt_BT, max_new_tokens=100, temperature=0.8, top_k=50, rng=key)
+    tokens = generate(model, params, input_features=log_mel(sound), decoder_input_ids=prompt_BT, max_new_tokens=100, temperature=0)
 
-Runs wherever the weights lie (`tracing_on(mesh)` around the call lays out activations too). Temperature 0 is greedy.
+An encoder runs once; what the decoder's layers make of its states is kept beside their own keys and values. Runs wherever the weights lie
+(`tracing_on(mesh)` around the call lays out activations too). Temperature 0 is greedy.
 Left out on purpose: beam search, speculative decoding, continuous batching: serving is another program's work.
 """
 
@@ -15,12 +17,14 @@ import jax.numpy as jnp
 
 from bigflax import sharding
 from bigflax.models.heads import LmHead
-from bigflax.models.transformer import Block, Transformer, empty_cache
+from bigflax.models.seq2seq import Seq2Seq
+from bigflax.models.transformer import Block, Embed, Transformer, empty_cache
 from bigflax.nn import Model
 
 
 def generate(
-    model: Model, params: Any, input_ids: jax.Array, *, max_new_tokens: int, attention_mask: jax.Array | None = None,
+    model: Model, params: Any, input_ids: jax.Array | None = None, *, max_new_tokens: int, attention_mask: jax.Array | None = None,
+    input_features: jax.Array | None = None, decoder_input_ids: jax.Array | None = None, decoder_attention_mask: jax.Array | None = None,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, eos_id: int | None = None, rng: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Continues each prompt: input_ids [B, T] -> new tokens [B, max_new_tokens].
@@ -28,42 +32,66 @@ def generate(
     Prompts of different lengths are padded on the left, `attention_mask` 0 there. After `eos_id` a row repeats it. `rng` is needed
     unless temperature is 0. `top_k` keeps the k likeliest tokens, `top_p` the likeliest whose probability reaches p. Raises ValueError
     for what cannot be: padding on the right, more tokens than learned positions, an encoder.
+
+    Of an encoder-decoder the encoder reads `input_ids` (padded on either side) or `input_features`, and the prompt is `decoder_input_ids`,
+    by default the model's start token alone.
     """
-    check(model, input_ids.shape[1], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    if attention_mask is not None and not isinstance(attention_mask, jax.core.Tracer) and not bool((attention_mask[:, -1] != 0).all()):
+    encoder, prompt, mask = {}, input_ids, attention_mask
+    if isinstance(model.module, Seq2Seq):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "input_features": input_features}
+        encoder = {name: x for name, x in given.items() if x is not None}
+        if len(encoder.keys() - {"attention_mask"}) != 1:
+            raise ValueError("an encoder-decoder reads input_ids or input_features, one of them; its own prompt is decoder_input_ids")
+        prompt, mask = decoder_input_ids, decoder_attention_mask
+        if prompt is None:
+            rows = next(len(x) for name, x in encoder.items() if name != "attention_mask")
+            prompt = jnp.full((rows, 1), model.module.start, jnp.int32)
+    elif any(x is not None for x in (input_features, decoder_input_ids, decoder_attention_mask)) or prompt is None:
+        raise ValueError("a decoder alone continues input_ids; input_features and decoder_input_ids are for models with an encoder")
+    check(model, prompt.shape[1], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool((mask[:, -1] != 0).all()):
         raise ValueError("the last token of a prompt is padding by attention_mask; pad prompts on the left, so that all end together")
     if temperature > 0 and rng is None:
         raise ValueError("sampling needs rng; give a key, or temperature=0 for the likeliest token each time")
-    mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = jnp.ones_like(prompt) if mask is None else mask
     rng = jax.random.key(0) if rng is None else rng
     layout = sharding.current_layout()
-    return _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, layout and layout[0])
+    return _decode(model, params, encoder, prompt, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, layout and layout[0])
 
 
 def check(
     model: Model, length: int, *, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> None:
     """Raises the ValueErrors of `generate` that a prompt's length and the options decide: before a long training, say."""
-    module, new = model.module, max_new_tokens
-    block = module.groups[0].blocks[0] if isinstance(module, Transformer) else None
-    if not isinstance(block, Block) or not block.attention.causal or not isinstance(module.head, LmHead):
-        raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2 or llama")
+    decoder, new = _decoder(model), max_new_tokens
     if new < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         said = f"max_new_tokens {new}, temperature {temperature}, top_k {top_k} and top_p {top_p}"
         raise ValueError(f"{said} are to be at least 1, at least 0, at least 1 (or None), and above 0 up to 1 (or None)")
-    if module.embed.positions and length + new > module.embed.positions:
+    if decoder.embed.positions and length + new > decoder.embed.positions:
         raise ValueError(
-            f"{length} tokens and {new} new ones do not fit into the model's {module.embed.positions} positions; ask for fewer"
+            f"{length} tokens and {new} new ones do not fit into the model's {decoder.embed.positions} positions; ask for fewer"
         )
 
 
+def _decoder(model: Model) -> Transformer:
+    """The stack that writes. Raises ValueError where none does."""
+    module = model.module.decoder if isinstance(model.module, Seq2Seq) else model.module
+    if isinstance(module, Transformer) and isinstance(module.embed, Embed) and isinstance(model.module.head, LmHead):
+        block = module.groups[0].blocks[0]
+        if isinstance(block, Block) and block.attention.causal:
+            return module
+    raise ValueError("only a causal decoder continues text, and this model is not one; take a family such as gpt2, llama or t5")
+
+
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p", "eos_id", "mesh"))
-def _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, mesh):
+def _decode(model, params, encoder, prompt, mask, rng, max_new_tokens, temperature, top_k, top_p, eos_id, mesh):
     # `mesh` is there for jit's cache alone, which would not notice that `constrain` now speaks of another one.
-    B, T = input_ids.shape
+    B, T = prompt.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = empty_cache(model.module, B, T + max_new_tokens, model.module.embed.dtype)
-    out = model.apply(params, input_ids=input_ids, attention_mask=mask, position_ids=positions, cache=cache)
+    decoder, its = _decoder(model), "decoder_" if isinstance(model.module, Seq2Seq) else ""
+    run = lambda tokens_BT, **more: model.apply(params, **{f"{its}input_ids": tokens_BT, **more})
+    cache = empty_cache(decoder, B, T + max_new_tokens, decoder.embed.dtype)
+    out = run(prompt, **encoder, **{f"{its}attention_mask": mask, f"{its}position_ids": positions}, cache=cache)
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def step(carry, i):
@@ -72,7 +100,7 @@ def _decode(model, params, input_ids, mask, rng, max_new_tokens, temperature, to
         if eos_id is not None:
             token_B = jnp.where(done_B, eos_id, token_B)
             done_B |= token_B == eos_id
-        out = model.apply(params, input_ids=token_B[:, None], position_ids=positions[:, -1:] + 1 + i, cache=cache)
+        out = run(token_B[:, None], **{f"{its}position_ids": positions[:, -1:] + 1 + i}, cache=cache)
         return (out["cache"], out["logits"][:, -1], done_B), token_B
 
     start = (out["cache"], out["logits"][:, -1], jnp.zeros(B, bool))

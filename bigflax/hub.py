@@ -81,6 +81,8 @@ def load(
     home = models.family(family)
     config["head"] = _head_of(said, home) if head == "" else head
     files = open_tensors(folder)
+    if hasattr(home, "settle"):  # what the files say and the config does not
+        config |= home.settle(config, files)
     largest = max(files.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
     dtype = jnp.dtype(dtype or jax.dtypes.canonicalize_dtype("float32" if largest is None else largest.dtype))
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
@@ -300,7 +302,8 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
         raise ValueError(f"{folder!r} lacks {_list(absent)}, which its config asks for")
     tied = [] if any(leaf == "head/w" for leaf in shapes) else [r"(lm_head|embed_out)\.weight"]
     heads = [re.escape(name.removeprefix(home.PREFIX)) for _, table in home.HEADS.values() for name in table] if fresh else []
-    known = re.compile("|".join([*home.BUFFERS, *tied, *heads]) or r"(?!)")
+    unused = getattr(home, "UNUSED", {}).get(model.config["head"], ())
+    known = re.compile("|".join([*home.BUFFERS, *unused, *tied, *heads]) or r"(?!)")
     if strange := [name for name in files if name not in expected and not known.fullmatch(name)]:
         raise ValueError(f"{folder!r} holds {_list(strange)}, which {model.family} with its config does not have")
     for name, (entry, shape) in expected.items():
@@ -436,7 +439,8 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
         said.pop(f"{part}_dict", None)
         fields[part] = {**(said.get(part) or {}), **fields[part]}
     labels = model.config.get("num_labels")
-    if labels is not None and labels != len(said.get("id2label") or "ab"):  # two is what transformers takes for granted
+    taken = models.fields(home.build).get("num_labels")  # for granted, where a config says nothing
+    if labels is not None and labels != (len(said.get("id2label") or ()) or taken):
         fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
     stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}

@@ -14,6 +14,7 @@ Left out on purpose: mutable collections and lazily inferred shapes of outputs (
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -244,6 +245,37 @@ class Rope(nn.Module):
         return ops.rope(x_BTNH, positions_BT, inv_freq, factor=factor)
 
 
+class RelativeBias(nn.Module):
+    """What is added to the logits for the distance between query and key, a number a head and bucket (T5; Raffel et al. 2020, 1910.10683).
+
+    Half of the buckets are distances 0, 1, 2 ...; the others grow by equal factors up to `farthest`, beyond which all are one. With `both_ways`
+    the first half of them all is for keys at or before the query and the second for those behind it; else those behind count as distance 0.
+    """
+
+    heads: int
+    buckets: int = 32
+    farthest: int = 128
+    both_ways: bool = True
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int, start: jax.Array | int = 0) -> jax.Array:
+        """[1, N, T, S] for queries at `start`, `start` + 1 ... and keys at 0, 1 ..."""
+        w_PN = weight(self, "w", (self.buckets, self.heads), "_ heads", self.init)
+        distance_TS = jnp.arange(keys)[None, :] - (start + jnp.arange(queries))[:, None]
+        row_TS = jnp.asarray(self._rows())[jnp.clip(distance_TS, -self.farthest, self.farthest) + self.farthest]
+        return constrain(w_PN[row_TS].transpose(2, 0, 1)[None], None, "heads", "seq", None)
+
+    def _rows(self) -> np.ndarray:
+        """The bucket of each distance key - query from -farthest to farthest. On the host: a compiled logarithm may fall short of a whole number."""
+        signed = np.arange(-self.farthest, self.farthest + 1)
+        buckets = self.buckets // 2 if self.both_ways else self.buckets
+        exact, far = buckets // 2, np.abs(signed) if self.both_ways else np.maximum(-signed, 0)
+        steps = np.log(np.maximum(far, exact).astype(np.float32) / exact) / np.float32(math.log(self.farthest / exact)) * (buckets - exact)
+        near_or_far = np.where(far < exact, far, np.minimum(exact + steps.astype(int), buckets - 1))
+        return near_or_far + (buckets * (signed > 0) if self.both_ways else 0)
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
 
@@ -252,7 +284,8 @@ class Attention(nn.Module):
     [1 or B, N, T, S] is added to the logits.
 
     A `cross` attention looks at `memory` [B, S, D'], another sequence's states; its cache, `{"k", "v", "segments"}`, keeps what was made of
-    the memory, and where `memory` is None serves instead of it.
+    the memory, and where `memory` is None serves instead of it. `kv_segments` are then those of the memory; without `q_segments` each
+    query sees all of it that is 1.
     """
 
     heads: int
@@ -271,15 +304,17 @@ class Attention(nn.Module):
     scale: float | None = None
     dropout: float = 0.0
     init: Initializer = NORMAL
+    q_init: Initializer | None = None
     out_init: Initializer = NORMAL
 
     @nn.compact
     def __call__(self, x_BTD, cache=None, *, memory=None, positions=None, q_segments=None, kv_segments=None, bias=None):
         D, N, H, T, places = x_BTD.shape[-1], self.heads, self.head_dim, x_BTD.shape[1], {}
-        q_BTNH = self._normed("q_norm", self._project(x_BTD, "q", N, "heads", self.bias))
+        q_BTNH = self._normed("q_norm", self._project(x_BTD, "q", N, "heads", self.bias, self.q_init or self.init))
         if self.cross:
             k_BSKH, v_BSKH, kv_segments, cache = self._recall(memory, kv_segments, cache)
-            q_segments = None if kv_segments is None else jnp.ones(x_BTD.shape[:2], jnp.int32)  # all that is real may be seen
+            if kv_segments is None or q_segments is None:  # all of the memory that is real may be seen
+                q_segments = None if kv_segments is None else jnp.ones(x_BTD.shape[:2], jnp.int32)
         else:
             k_BSKH, v_BSKH = self._keys(x_BTD)
             if self.rope is not None:
@@ -303,8 +338,8 @@ class Attention(nn.Module):
     def _keys(self, x_BSD):
         """Keys, normed where asked for but not yet rotated, and values: both [B, S, K, H]."""
         K = self.kv_heads or self.heads
-        k_BSKH = self._project(x_BSD, "k", K, "kv_heads", self.bias if self.k_bias is None else self.k_bias)
-        return self._normed("k_norm", k_BSKH), self._project(x_BSD, "v", K, "kv_heads", self.bias)
+        k_BSKH = self._project(x_BSD, "k", K, "kv_heads", self.bias if self.k_bias is None else self.k_bias, self.init)
+        return self._normed("k_norm", k_BSKH), self._project(x_BSD, "v", K, "kv_heads", self.bias, self.init)
 
     def _recall(self, memory, segments, cache):
         """Keys, values and segments of the memory, or of the cache that was made of it, and the cache."""
@@ -324,8 +359,8 @@ class Attention(nn.Module):
         norm = self.norm.clone(parent=self, name=name)
         return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape) if self.norm_heads else norm(x_BTNH)
 
-    def _project(self, x_BTD, name, heads, axis, bias):
-        w = weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", self.init)
+    def _project(self, x_BTD, name, heads, axis, bias, init):
+        w = weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", init)
         y_BTNH = ops.einsum("btd,dnh->btnh", x_BTD, w)
         if not bias:
             return y_BTNH

@@ -36,7 +36,8 @@ class Row:
 
 
 def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: int = 0) -> list[Row]:
-    """One Row a kind of input. Raises ImportError that names the extra where PyTorch or transformers is absent, else what `hub.load` raises."""
+    """One Row a kind of input. Raises ImportError that names the extra where PyTorch or transformers is absent, ValueError for a model that
+    reads anything else than tokens, else what `hub.load` raises."""
     try:
         import torch
         import transformers
@@ -44,6 +45,8 @@ def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: i
         raise ImportError(f"parity needs PyTorch and transformers: pip install 'bigflax[parity]' ({error})") from None
     folder = hub.fetch(source)
     model, params = hub.load(folder, dtype="float32")
+    if [*(reads := model.module.example())] != ["input_ids"]:
+        raise ValueError(f"parity compares models that read rows of tokens alone, and {model.family} reads {' and '.join(reads)}")
     kind = models.family(model.family).HEADS[model.config["head"]][0]
     if not hasattr(transformers, kind) or "input_ids" not in model.module.example():
         raise ValueError(f"parity feeds tokens to what transformers has too, and {model.family} is not of that kind")

@@ -20,7 +20,8 @@ IGNORED = -100
 
 
 def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, token_bytes: np.ndarray | None = None) -> LossFn:
-    """Cross-entropy over the tokens with a label: the loss of causal and of masked language models alike, whose batches differ.
+    """Cross-entropy over the tokens with a label: the loss of causal and of masked language models and of encoder-decoders alike, whose
+    batches differ (models/seq2seq.py makes `decoder_input_ids` of labels).
 
     Metrics: `accuracy`, and with `token_bytes` (bytes of text that each token id stands for) `bits_per_byte`. `chunk` and `z_loss` are
     those of `ops.linear_cross_entropy`. A model of mixtures adds its config's `router_aux_loss_coef` times `aux_loss`, which is a metric too: each

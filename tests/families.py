@@ -14,6 +14,7 @@ HEADS = (
     "token_classification",
     "question_answering",
     "discriminator",
+    "seq2seq_lm",
     "embedding",
     "image_classification",
     "image_classification_with_teacher",
@@ -21,9 +22,11 @@ HEADS = (
 )
 # family -> what it reads where that is not rows of tokens (READERS below); ours alone: families that transformers does not have
 READS: dict[str, str] = {
+    **dict.fromkeys(("bart", "mt5", "t5"), "pairs"),
     **dict.fromkeys(("cnn", "convnext", "deit", "mobilenet_v2", "resnet", "vit"), "images"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "images of any size"),
-    **dict.fromkeys(("clip", "siglip"), "pair"),
+    **dict.fromkeys(("clip", "siglip"), "image and text"),
+    "whisper": "speech",
 }
 OURS_ALONE: set[str] = {"cnn", "rnn"}
 # family -> fields of its config; 3 layers, so that no other number is taken for theirs
@@ -46,8 +49,15 @@ TOWERS = dict(  # of different widths and lengths
 END = 3  # of a text, in the family that looks for it
 towers = lambda **text: dict(text_config=dict(TOWERS["text_config"], **text), vision_config=TOWERS["vision_config"])
 LOCAL = ["sliding_attention", "sliding_attention", "full_attention"]
+SIDES = dict(layers=3, attention_heads=4, ffn_dim=44)
+PAIR = dict(d_model=24, **{f"{side}_{field}": n for side in ("encoder", "decoder") for field, n in SIDES.items()}) | dict(decoder_layers=2)
+T5 = dict(
+    d_model=24, d_kv=5, d_ff=44, num_layers=3, num_decoder_layers=2, num_heads=4, relative_attention_num_buckets=8,
+    relative_attention_max_distance=12, decoder_start_token_id=0,
+)  # fmt: skip
 FAMILIES = {
     "albert": dict(COMMON, embedding_size=12),
+    "bart": dict(PAIR, max_position_embeddings=LONGEST, scale_embedding=True, decoder_start_token_id=2),
     "bert": COMMON,
     "cnn": dict(num_channels=3, image_size=32, hidden_sizes=[6, 10], dense_size=12),
     "convnext": dict(num_stages=3, hidden_sizes=[8, 12, 20], depths=[1, 3, 2], layer_scale_init_value=0.5, layer_norm_eps=0.01),
@@ -75,6 +85,7 @@ FAMILIES = {
     "mixtral": dict(DECODER, num_local_experts=4, sliding_window=4, output_router_logits=True),
     "modernbert": dict(COMMON, num_hidden_layers=5, local_attention=7, **MODERN_ROPE),
     "mobilenet_v2": dict(depth_multiplier=0.25, output_stride=16),
+    "mt5": T5,
     "olmo2": DECODER,
     "opt": dict(
         hidden_size=24, num_hidden_layers=3, num_attention_heads=4, ffn_dim=44, max_position_embeddings=LONGEST, word_embed_proj_dim=24,
@@ -90,6 +101,8 @@ FAMILIES = {
     "smollm3": dict(DECODER, num_hidden_layers=5, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=4, **rope()),
     "siglip": towers(projection_size=24, eos_token_id=2, pad_token_id=0, bos_token_id=1),
     "vit": VISION,
+    "t5": T5,
+    "whisper": dict(PAIR, num_mel_bins=10, max_source_positions=7, max_target_positions=LONGEST, decoder_start_token_id=1),
     "xlm-roberta": dict(COMMON, max_position_embeddings=LONGEST + 1),
 }  # fmt: skip
 # "family, what" -> head, fields of its config: what else of a family is compared, on outputs and on what is written
@@ -118,7 +131,8 @@ def torch_model(name, head):
 
     family, fields = name.partition(",")[0], VARIANTS[name][1] if name in VARIANTS else FAMILIES[name]
     labels = 2 if head == "question_answering" else LABELS  # start and end
-    tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if READS.get(family, "tokens") == "tokens" else {}
+    words = READS.get(family, "tokens") in ("tokens", "pairs", "speech")
+    tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2) if words else {}
     config = transformers.CONFIG_MAPPING[family](**{**tokens, "num_labels": labels, **fields})
     kind = getattr(transformers, models.family(family).HEADS[head][0])
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +186,7 @@ def _images(family, kind, rng):
     return {"pixel_values": rng.normal(size=(3, 3, height, width)).astype(np.float32)}, []
 
 
-def _pair(family, kind, rng):
+def _image_and_text(family, kind, rng):
     given, reals = _tokens(family, kind, rng)
     length = reals[0].sum(1)
     given["input_ids"] = np.where(given["input_ids"] == END, END + 1, given["input_ids"])
@@ -180,10 +194,30 @@ def _pair(family, kind, rng):
     return given | _images(family, kind, rng)[0], reals
 
 
+def _pairs(family, kind, rng):
+    """Rows for the encoder, and for the decoder shorter ones; BART's are as long, for its classifier looks where the encoder reads eos."""
+    given, (real,) = _tokens(family, kind, rng)
+    if family == "bart":
+        given["input_ids"] = np.where(real & (real[:, ::-1].cumsum(1)[:, ::-1] == 1), 2, given["input_ids"])
+    given.pop("position_ids", None)
+    length, side = real.shape[1] - (0 if family == "bart" else 2), slice(None) if kind != "padded left" else slice(None, None, -1)
+    decoded = real[:, side][:, :length][:, side]
+    ids = np.where(decoded, rng.integers(3, VOCAB, decoded.shape), 0)
+    return given | {"decoder_input_ids": ids, "decoder_attention_mask": decoded.astype(np.int64)}, [real, decoded]
+
+
+def _speech(family, kind, rng):
+    """Spectrograms as long as the model's table of positions, and rows of tokens."""
+    given, (real,) = _tokens(family, kind, rng)
+    sound = rng.normal(size=(3, 10, 14)).astype(np.float32)
+    return {"input_features": sound, "decoder_input_ids": given["input_ids"], "decoder_attention_mask": given["attention_mask"]}, [real]
+
+
 # what a family reads -> (maker of inputs, their kinds)
 READERS = {
     "tokens": (_tokens, ("plain", "padded right", "padded left", "longest")), "images": (_images, ("plain",)),
-    "images of any size": (_images, ("plain", "larger", "smaller")), "pair": (_pair, ("plain", "padded right")),
+    "images of any size": (_images, ("plain", "larger", "smaller")), "image and text": (_image_and_text, ("plain", "padded right")),
+    "pairs": (_pairs, ("plain", "padded right", "padded left", "longest")), "speech": (_speech, ("plain", "padded right", "longest")),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigflax import models, sharding
+from bigflax import models, sharding, trees
 from bigflax.generate import choose, generate
 
 LOCAL = ["sliding_attention", "full_attention"]
@@ -19,17 +19,28 @@ FAMILIES = {
         "qwen2", dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=3, layer_types=[*LOCAL, *LOCAL, LOCAL[0]]),
     ),
 }  # fmt: skip
+# encoder-decoders; numbers of layers and heads that no other number is taken for
+PAIRS = {
+    "t5": ("t5", dict(d_model=32, num_layers=3, num_decoder_layers=2, relative_attention_max_distance=6, relative_attention_num_buckets=8)),
+    "bart": ("bart", dict(d_model=32, encoder_layers=3, max_position_embeddings=24, pad_token_id=0)),
+    "whisper": ("whisper", dict(d_model=32, encoder_layers=3, max_target_positions=24, max_source_positions=9, decoder_start_token_id=1)),
+}
 each_family = pytest.mark.parametrize("name", FAMILIES)
+each_pair = pytest.mark.parametrize("name", PAIRS)
 VOCAB, T, NEW = 40, 5, 8
 
 
 @functools.cache
 def made(name):
     """A model whose matrices are large enough that its continuations wander, and one compiled apply."""
-    family, config = FAMILIES[name]
+    family, config = (FAMILIES | PAIRS)[name]
     model = models.create(family, size="tiny", vocab_size=VOCAB, **config)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(5 if name in PAIRS else 3)
     draw = lambda axes, s: rng.normal(size=s.shape) * (0.5 if "embed" in axes else 0.1) + (axes.endswith("norm") and 1)
+    if name in PAIRS:  # small rows, or what was read last is written next, whatever the encoder says
+        size = lambda leaf, axes: 4.0 if leaf.endswith("relative/w") else 0.7 if "embed" in axes and leaf != "embed/tokens" else 0.1
+        one = lambda leaf, s, axes: jnp.asarray(rng.normal(size=s.shape) * size(leaf, axes) + leaf.endswith("scale"), jnp.float32)
+        return model, trees.map_named(one, model.shapes(), model.axes), jax.jit(model.apply)
     params = jax.tree.map(lambda axes, s: jnp.asarray(draw(axes, s), jnp.float32), model.axes, model.shapes())
     return model, params, jax.jit(model.apply)
 
@@ -45,6 +56,25 @@ def recomputed(name, ids):
     ids = np.concatenate([ids, np.zeros((len(ids), T + NEW - length), np.int32)], axis=1)
     for at in range(length, length + NEW):
         ids[:, at] = np.asarray(apply(params, input_ids=ids)["logits"])[:, at - 1].argmax(-1)
+    return ids[:, length : length + NEW]
+
+
+def read(name):
+    """What the encoder is given: rows padded on the right and on the left, or sounds."""
+    rng = np.random.default_rng(7)
+    if name == "whisper":
+        return {"input_features": rng.normal(size=(3, 16, 18)).astype(np.float32)}
+    real = np.array([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5], np.int32)
+    return {"input_ids": rng.integers(3, VOCAB, (3, 7)).astype(np.int32) * real, "attention_mask": real}
+
+
+def rewritten(name, prompt, rows=slice(None)):
+    """Greedy by running encoder and decoder anew for each token."""
+    _, params, apply = made(name)
+    given, length = {key: x[rows] for key, x in read(name).items()}, prompt.shape[1]
+    ids = np.concatenate([prompt, np.zeros((len(prompt), T + NEW - length), np.int32)], axis=1)
+    for at in range(length, length + NEW):
+        ids[:, at] = np.asarray(apply(params, **given, decoder_input_ids=ids)["logits"])[:, at - 1].argmax(-1)
     return ids[:, length : length + NEW]
 
 
@@ -72,6 +102,50 @@ def test_padding_on_the_left_changes_nothing(name):
     got = np.asarray(generate(model, params, padded, attention_mask=mask, max_new_tokens=NEW, temperature=0))
     for i in range(3):
         np.testing.assert_array_equal(got[i], recomputed(name, np.tile(padded[i : i + 1, i:], (3, 1)))[0])
+
+
+@each_pair
+def test_an_encoder_decoder_with_the_cache_writes_what_it_writes_without(name):
+    """From its start token, and from prompts of which row i has lost its first i tokens to padding."""
+    model, params, _ = made(name)
+    want = rewritten(name, np.full((3, 1), model.module.start, np.int32))
+    got = generate(model, params, **read(name), max_new_tokens=NEW, temperature=0)
+    np.testing.assert_array_equal(got, want)
+    assert len({tuple(row) for row in want}) == 3 and any(len(set(row)) > 1 for row in want)
+    padded, mask = prompts(), np.ones((3, T), np.int32)
+    for i in range(3):
+        padded[i, :i], mask[i, :i] = 7, 0
+    got = generate(model, params, **read(name), decoder_input_ids=padded, decoder_attention_mask=mask, max_new_tokens=NEW, temperature=0)
+    for i in range(3):
+        np.testing.assert_array_equal(got[i], rewritten(name, np.tile(padded[i : i + 1, i:], (3, 1)), [i] * 3)[0])
+
+
+def test_the_encoder_runs_once():
+    """In the program the scan over tokens holds the decoder's two scans over layers alone, and one product with its cache a layer."""
+    model, params, _ = made("t5")
+    jaxpr = jax.make_jaxpr(functools.partial(generate, model, max_new_tokens=NEW, temperature=0, **read("t5")))(params)
+    outer, loops = str(jaxpr), lambda text, length: text.count(f"length={length}")
+    assert loops(outer, NEW) == 1 and loops(outer, 3) == 1 and loops(outer, 2) == 2  # tokens; encoder; decoder at first and in the loop
+
+
+def test_an_encoder_decoder_on_a_mesh():
+    model, params, _ = made("t5")
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    laid = jax.device_put(params, sharding.shardings(model.shapes(), model.axes, mesh))
+    given = {key: np.concatenate([x, x[:1]]) for key, x in read("t5").items()}
+    with sharding.tracing_on(mesh):
+        got = generate(model, laid, **given, max_new_tokens=NEW, temperature=0)
+    np.testing.assert_array_equal(got[:3], rewritten("t5", np.zeros((3, 1), np.int32)))
+
+
+def test_an_encoder_decoder_draws_by_its_key():
+    model, params, _ = made("whisper")
+    draw = lambda seed: np.asarray(
+        generate(model, params, **read("whisper"), max_new_tokens=NEW, temperature=1e6, rng=jax.random.key(seed))
+    )
+    one, again, other = draw(0), draw(0), draw(1)
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
 
 
 def test_after_eos_a_row_repeats_it():
@@ -159,7 +233,32 @@ def test_mistakes(options, message):
         generate(model, params, prompts(), **options)
 
 
-def test_an_encoder_does_not_decode():
-    model = models.create("bert", size="tiny")
-    with pytest.raises(ValueError, match="decoder"):
+SOUND = np.zeros((1, 16, 18), np.float32)
+PAIRED_MISTAKES = {
+    "nothing to read": ("t5", dict(decoder_input_ids=prompts()), "reads input_ids or input_features, one of them"),
+    "two things to read": ("t5", dict(input_ids=prompts(), input_features=SOUND), "reads input_ids or input_features, one of them"),
+    "tokens for ears": ("whisper", dict(input_ids=prompts()), "this model takes input_features, not input_ids"),
+    "sounds for eyes": ("t5", dict(input_features=SOUND), "this model takes input_ids, not input_features"),
+    "too long": ("bart", dict(input_ids=prompts(), decoder_input_ids=np.zeros((3, 20), int)), "20 tokens and 8 new ones .* 24 positions"),
+    "a prompt padded on the right": (
+        "t5", dict(input_ids=prompts(), decoder_input_ids=prompts(), decoder_attention_mask=np.array([[1, 1, 1, 1, 0]] * 3)), "on the left",
+    ),
+    "a decoder's prompt for a decoder": ("gpt2", dict(input_ids=prompts(), decoder_input_ids=prompts()), "a decoder alone continues input_ids"),
+    "nothing to continue": ("gpt2", {}, "a decoder alone continues input_ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, inputs, message", PAIRED_MISTAKES.values(), ids=PAIRED_MISTAKES)
+def test_mistakes_of_pairs(name, inputs, message):
+    model, params, _ = made(name)
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, **inputs, max_new_tokens=NEW, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "family, options", [("bert", {}), ("t5", dict(head="embedding")), ("t5", dict(head=None)), ("bart", dict(head="question_answering"))]
+)
+def test_what_does_not_write(family, options):
+    model = models.create(family, size="tiny", **options)
+    with pytest.raises(ValueError, match="only a causal decoder continues text"):
         generate(model, {}, prompts(), max_new_tokens=1, temperature=0)

@@ -119,7 +119,7 @@ def test_training_steps_lie_well(names):
     assert not {name: [line[:600] for line in text.splitlines() if MESSAGE in line] for name, text in said.items() if MESSAGE in text}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_decoding_lies_well(family):
     out, err = child(DECODE, repr((family, ALL)))
     assert "compiled" in out

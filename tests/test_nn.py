@@ -17,10 +17,10 @@ X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
 
-def made(module, *example, seed=1):
+def made(module, *example, seed=1, **named):
     """The module as a pair of functions and weights of which none is zero or one."""
     rng = np.random.default_rng(seed)
-    box = jax.eval_shape(lambda key: linen.init(lambda m: m(*example), module)({"params": key})["params"], jax.random.key(0))
+    box = jax.eval_shape(lambda key: linen.init(lambda m: m(*example, **named), module)({"params": key})["params"], jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), linen.unbox(box))
     return params, functools.partial(jax.jit(lambda params, *x, **k: module.apply({"params": params}, *x, **k)), params)
 
@@ -41,22 +41,25 @@ def rotate(x, position, theta):
 
 
 def attention_by_hand(
-    p, x, *, kv_heads=None, causal=True, theta=None, norm_eps=None, window=None, softcap=None, segments=None, positions=None, scale=H**-0.5
-):
-    """One query at a time, one head at a time."""
+    p, x, *, kv_heads=None, causal=True, theta=None, norm_eps=None, window=None, softcap=None, segments=None, positions=None, scale=H**-0.5,
+    memory=None, seen=None, bias=None,
+):  # fmt: skip
+    """One query at a time, one head at a time; of a memory it sees where `seen` holds, [B, T, S]."""
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), p)
     kv_heads, at = kv_heads or N, np.tile(np.arange(T), (B, 1)) if positions is None else positions
-    q, k, v = (np.einsum("btd,dnh->btnh", x, p[n]) + p.get(f"{n}_bias", 0) for n in "qkv")
+    read = x if memory is None else memory
+    q, k, v = (np.einsum("btd,dnh->btnh", x if n == "q" else read, p[n]) + p.get(f"{n}_bias", 0) for n in "qkv")
     if norm_eps is not None:
         q, k = (z / np.sqrt((z**2).mean(-1, keepdims=True) + norm_eps) * p[n]["scale"] for z, n in ((q, "q_norm"), (k, "k_norm")))
     if theta is not None:
         q, k = (np.stack([[rotate(z[b, t], at[b, t], theta) for t in range(T)] for b in range(B)]) for z in (q, k))
     y = np.zeros((B, T, D))
     for b, t, n in np.ndindex(B, T, N):
-        sees = [s for s in range(T) if (not causal or s <= t) and (window is None or abs(t - s) < window)]
-        sees = [s for s in sees if segments is None or segments[b, s] == segments[b, t]]
+        sees = [s for s in range(read.shape[1]) if (not causal or s <= t) and (window is None or abs(t - s) < window)]
+        sees = [s for s in sees if (segments is None or segments[b, s] == segments[b, t]) and (seen is None or seen[b, t, s])]
         logits = np.array([q[b, t, n] @ k[b, s, n // (N // kv_heads)] for s in sees]) * scale
         logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+        logits = logits if bias is None else logits + bias[n, t, sees]
         share = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         y[b, t] += sum(w * v[b, s, n // (N // kv_heads)] for w, s in zip(share, sees, strict=True)) @ p["out"][n]
     return y + p.get("out_bias", 0)
@@ -64,6 +67,9 @@ def attention_by_hand(
 
 ROPE = nn.Rope(100.0)
 PACKED = dict(q_segments=SEGMENTS, kv_segments=SEGMENTS, positions=POSITIONS)
+MEMORY = np.random.default_rng(5).normal(size=(B, 4, D + 2)).astype(np.float32)  # of another length and width
+REAL, SOURCES = np.array([[1, 1, 1, 0], [0, 1, 1, 1]]), np.array([[1, 2, 2, 2], [2, 1, 0, 0]])
+BIAS = np.random.default_rng(6).normal(size=(N, T, T)).astype(np.float32)
 ATTENTIONS = {  # name -> (module, the same for the hand, inputs)
     "plain": (nn.Attention(N, H), {}, {}),
     "both ways": (nn.Attention(N, H, causal=False), dict(causal=False), {}),
@@ -72,16 +78,27 @@ ATTENTIONS = {  # name -> (module, the same for the hand, inputs)
     "biases but none at the end": (nn.Attention(N, H, bias=True, out_bias=False), {}, {}),
     "rotary, packed": (nn.Attention(N, H, K, rope=ROPE), dict(kv_heads=K, theta=100.0, segments=SEGMENTS, positions=POSITIONS), PACKED),
     "normed q and k": (nn.Attention(N, H, K, rope=ROPE, norm=nn.Norm("rms", 0.01)), dict(kv_heads=K, theta=100.0, norm_eps=0.01), {}),
+    "no bias of keys": (nn.Attention(N, H, bias=True, k_bias=False), {}, {}),
+    "a bias of the logits": (nn.Attention(N, H, softcap=2.0), dict(softcap=2.0, bias=BIAS), dict(bias=BIAS[None])),
+    "a memory": (nn.Attention(N, H, K, causal=False, cross=True), dict(kv_heads=K, causal=False, memory=MEMORY), dict(memory=MEMORY)),
+    "a padded memory": (
+        nn.Attention(N, H, causal=False, cross=True),
+        dict(causal=False, memory=MEMORY, seen=np.repeat(REAL[:, None], T, 1)), dict(memory=MEMORY, kv_segments=REAL),
+    ),
+    "a packed memory": (
+        nn.Attention(N, H, causal=False, cross=True), dict(causal=False, memory=MEMORY, seen=SEGMENTS[:, :, None] == SOURCES[:, None]),
+        dict(memory=MEMORY, q_segments=SEGMENTS, kv_segments=SOURCES),
+    ),
     "window, softcap, scale": (nn.Attention(N, H, window=3, softcap=2.0, scale=0.9), dict(window=3, softcap=2.0, scale=0.9), {}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("module, options, inputs", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_attention(module, options, inputs):
-    params, apply = made(module, X)
+    params, apply = made(module, X, **({"memory": MEMORY} if module.cross else {}))
     y, cache = apply(X, **inputs)
     assert cache is None
-    biases = {"q_bias", "k_bias", "v_bias"} if module.bias else set()
+    biases = {"q_bias", "k_bias", "v_bias"} - ({"k_bias"} if module.k_bias is False else set()) if module.bias else set()
     biases |= {"out_bias"} if module.bias and module.out_bias is None else set()
     assert {name for name in params if name.endswith("bias")} == biases
     np.testing.assert_allclose(y, attention_by_hand(params, X, **options), **CLOSE)
@@ -103,6 +120,51 @@ def test_attention_in_pieces_through_a_cache_is_attention_at_once():
     assert int(cache["index"]) == T
     np.testing.assert_array_equal(cache["segments"][:, T:], 0)
     np.testing.assert_array_equal(cache["k"][:, T:], 9.0)
+
+
+def test_a_memory_is_remembered():
+    """What is made of it at first, in a cache that begins empty, serves later queries; the rest of the memory's row 1 is padding."""
+    params, apply = made(nn.Attention(N, H, causal=False, cross=True), X, memory=MEMORY)
+    empty = {"k": jnp.zeros((B, 0, N, H)), "v": jnp.zeros((B, 0, N, H)), "segments": jnp.zeros((B, 0), jnp.int32)}
+    want = attention_by_hand(params, X, causal=False, memory=MEMORY, seen=np.repeat(REAL[:, None], T, 1))
+    y, cache = apply(X[:, :4], empty, memory=MEMORY, kv_segments=REAL)
+    np.testing.assert_allclose(y, want[:, :4], **CLOSE)
+    y, again = apply(X[:, 4:], cache)
+    np.testing.assert_allclose(y, want[:, 4:], **CLOSE)
+    assert cache["k"].shape == (B, 4, N, H) and jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), cache, again))
+    _, whole = apply(X, empty, memory=MEMORY)
+    np.testing.assert_array_equal(whole["segments"], 1)
+    with pytest.raises(ValueError, match="was given none"):
+        apply(X)
+
+
+# T5's buckets by the paper's words, with 8 buckets up to 10: distances that share one
+BUCKETS = {
+    # the past of each query 0, 1, 2, 3 in 8 buckets, then 4 of equal ratio (10 / 4)^(1/4) = 1.257: from 4, 5.03, 6.32, 7.95; all of the future is 0
+    False: {**{d: 0 for d in range(13)}, -1: 1, -2: 2, -3: 3, -4: 4, -5: 4, -6: 5, -7: 6, -8: 7, -9: 7, -10: 7, -11: 7, -12: 7},
+    # both ways 4 buckets each: 0, 1, then 2 of ratio 5^(1/2) = 2.24: from 2, 4.47
+    True: {
+        0: 0, -1: 1, -2: 2, -3: 2, -4: 2, **{-d: 3 for d in range(5, 13)}, 1: 5, 2: 6, 3: 6, 4: 6, **{d: 7 for d in range(5, 13)},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("both_ways", BUCKETS)
+def test_relative_bias(both_ways):
+    """Whole, and for the queries from 7 on alone as a cache asks for them, where the start is data."""
+    params, _ = made(nn.RelativeBias(N, 8, 10, both_ways), 13, 13)
+    w = np.asarray(params["w"])
+    want = np.stack([[w[BUCKETS[both_ways][s - t]] for s in range(13)] for t in range(13)]).transpose(2, 0, 1)[None]
+    module = nn.RelativeBias(N, 8, 10, both_ways)
+    np.testing.assert_allclose(module.apply({"params": params}, 13, 13), want)
+    later = jax.jit(lambda params, start: module.apply({"params": params}, 3, 13, start))(params, jnp.array(7))
+    np.testing.assert_allclose(later, want[:, :, 7:10])
+
+
+def test_whole_ratios_do_not_fall_short():
+    """With T5's 32 buckets up to 128, distance 16 opens bucket 10 of 16 both ways, and 32 bucket 12: a float32 logarithm may say 9.999."""
+    rows = nn.RelativeBias(1)._rows()[:129][::-1]  # of distances 0 to 128 into the past
+    np.testing.assert_array_equal(rows[[7, 8, 15, 16, 31, 32, 63, 64, 127, 128]], [7, 8, 9, 10, 11, 12, 13, 14, 15, 15])
 
 
 # -- the other parts -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,13 @@ def test_what_is_not_compared(family, tmp_path):
         parity.compare(str(tmp_path))
 
 
+@needs_torch
+def test_a_pair_is_refused(tmp_path, capsys):
+    torch_model("t5", "seq2seq_lm").save_pretrained(tmp_path)
+    assert main(["parity", str(tmp_path), "--cache="]) == 2
+    assert "rows of tokens alone, and t5 reads input_ids and decoder_input_ids" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(HAS_TORCH, reason="PyTorch is here")
 def test_without_pytorch_it_says_what_to_install(tmp_path, capsys):
     assert main(["parity", str(tmp_path), "--cache="]) == 2

@@ -108,6 +108,8 @@ def test_the_load_balance_loss_pushes_a_router_towards_balance():
 
     (first, with_it), (_, without) = trained(1.0), trained(0.0)
     assert min(first, without) > 5 and with_it < 2.2
+
+
 # -- rows and pairs --------------------------------------------------------------------------------------------------------
 
 ROWS = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)

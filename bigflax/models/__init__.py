@@ -13,9 +13,9 @@ from typing import Any
 from bigflax import nn, trees
 
 FAMILIES = (
-    "albert", "bert", "clip", "cnn", "convnext", "deit", "dinov2", "dinov2_with_registers", "distilbert", "electra", "gemma", "gemma2",
-    "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "mobilenet_v2", "modernbert", "olmo2", "opt", "phi3", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "resnet", "rnn", "roberta", "siglip", "smollm3", "vit", "xlm-roberta",
+    "albert", "bart", "bert", "clip", "cnn", "convnext", "deit", "dinov2", "dinov2_with_registers", "distilbert", "electra", "gemma", "gemma2",
+    "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "mobilenet_v2", "modernbert", "mt5", "olmo2", "opt", "phi3", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "resnet", "rnn", "roberta", "siglip", "smollm3", "t5", "vit", "whisper", "xlm-roberta",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ A language-model head returns the factors of its logits, {"x_BTD", "w_VD", ...},
 the others return the outputs themselves, under the names of the transformers library.
 
     HEAD                      outputs
-    causal_lm, masked_lm      logits [B, T, V]
+    causal_lm, masked_lm      logits [B, T, V], and seq2seq_lm
     sequence_classification   logits [B, C]
     token_classification      logits [B, T, C]
     question_answering        start_logits, end_logits [B, T]
@@ -27,17 +27,22 @@ from bigflax.weights import shape
 
 
 class LmHead(nn.Module):
-    """Logits by the embedding table (`tied`) or by a table of its own."""
+    """Logits by the embedding table (`tied`) or by a table of its own, of states multiplied by `scale`; a `bias` is added but not learned."""
 
     vocab: int
     tied: bool = True
     softcap: float | None = None
     init: Initializer = NORMAL
+    scale: float | None = None
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD, embed_VD, real_BT=None):
         w_VD = embed_VD if self.tied else weight(self, "w", (self.vocab, x_BTD.shape[-1]), "vocab <- embed", self.init)
-        return {"x_BTD": x_BTD, "w_VD": w_VD} | ({} if self.softcap is None else {"softcap": self.softcap})
+        found = {"x_BTD": x_BTD if self.scale is None else x_BTD * self.scale, "w_VD": w_VD}
+        if self.bias:  # one row, as BART stores it
+            found["bias"] = jax.lax.stop_gradient(weight(self, "bias", (1, self.vocab), "_ vocab", zeros)[0])
+        return found | ({} if self.softcap is None else {"softcap": self.softcap})
 
 
 class MlmHead(nn.Module):

@@ -171,7 +171,10 @@ Places = Mapping[str, Sequence[Place]]  # stem of the leaves in the table -> the
 
 def below(name: str, places: Places) -> Places:
     """The places of a part that is itself called `name`."""
-    return {f"{name}/{stem}": [(f"{name}/{group}", *rest) for group, *rest in groups] for stem, groups in places.items()}  # pyright: ignore[reportReturnType]
+    return {
+        f"{name}/{stem}": [(f"{name}/{group}", first, period, repeats) for group, first, period, repeats in groups]
+        for stem, groups in places.items()
+    }
 
 
 def entries(table: Table, places: Places = {"blocks": (("blocks", 0, 1, 1),)}) -> list[Entry]:  # noqa: B006 (never changed)

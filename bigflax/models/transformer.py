@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import ops
-from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, dropout, stack, weight
+from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, RelativeBias, dropout, stack, weight
 from bigflax.sharding import constrain
 
 Inputs = dict[str, jax.ShapeDtypeStruct]
@@ -119,8 +119,8 @@ class Block(nn.Module):
             y_BTD, seen["cache"] = self.attention(x_BTD, own, **where)
             return y_BTD
 
-        def look(x_BTD):
-            y_BTD, new = self.cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
+        def look(cross, x_BTD):
+            y_BTD, new = cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
             seen["cache"] = None if cache is None else {"own": seen["cache"], "cross": new}
             return y_BTD
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
             return dropout(self, y_BTD, self.drop_path, rows=True)
 
         norm = lambda name, x_BTD: x_BTD if name in self.without else self.norm.clone(parent=self, name=name)(x_BTD)
-        parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": look}), "norm2": think}
+        parts = {"norm1": attend, **({} if self.cross is None else {"norm_cross": functools.partial(look, self.cross)}), "norm2": think}
         parts = {name: functools.partial(branch, name, part) for name, part in parts.items()}
         if self.order == "parallel":
             x_BTD = x_BTD + sum(part(norm(name, x_BTD)) for name, part in parts.items())
@@ -223,6 +223,7 @@ class Transformer(nn.Module):
     embed: Any  # Embed, or what takes another input (vision.PatchEmbed)
     groups: tuple[Group, ...]
     project: Linear | None = None  # from an embedding of another width
+    relative: RelativeBias | None = None  # of all layers' attention
     norm: Norm | None = None
     norm_states: bool = True  # the last of `hidden_states` is after the final norm: whichever transformers has in the family
     head: nn.Module | None = None  # heads.py, vision.py
@@ -244,6 +245,11 @@ class Transformer(nn.Module):
         x0_BTD, table = self.embed(given, position_ids, token_type_ids, table)
         x0_BTD = x0_BTD if self.project is None else self.project(x0_BTD)
         where = {"positions": position_ids, **visibility(x0_BTD, attention_mask, segment_ids, cached=cache is not None)}
+        if self.relative is not None:
+            T, start, S = x0_BTD.shape[1], 0, x0_BTD.shape[1]
+            if cache is not None:
+                start, S = cache_index(cache)[0], cache.get("own", cache)["k"].shape[2]
+            where["bias"] = self.relative(T, S, start)
         x_BTD, seen = self._run(x0_BTD, cache, keep=hidden_states, memory=memory, memory_segments=memory_segments, **where)
         bare_BTD = x_BTD
         if self.norm is not None:
@@ -258,8 +264,7 @@ class Transformer(nn.Module):
             out["aux_loss"] = ops.load_balance(seen["router"])
         if self.head is not None:
             real_BT = attention_mask if segment_ids is None else segment_ids
-            found: dict[str, Any] = self.head(x_BTD, table, None if real_BT is None else real_BT > 0)
-            out |= found if "w_VD" not in found else {"logits": unembed(**found)} if logits else {"head": found}
+            out |= finish(self.head(x_BTD, table, None if real_BT is None else real_BT > 0), logits=logits)
         return out
 
     def _given(self, **inputs):
@@ -304,6 +309,11 @@ def visibility(x_BTD, attention_mask, segment_ids, *, cached: bool) -> dict[str,
     return {"q_segments": jnp.ones(x_BTD.shape[:2], jnp.int32), "kv_segments": mask}
 
 
+def finish(found: dict[str, Any], *, logits: bool) -> dict[str, Any]:
+    """A head's outputs; those of a language model as `logits`, or as their factors, `head`."""
+    return found if "w_VD" not in found else {"logits": unembed(**found)} if logits else {"head": found}
+
+
 def unembed(x_BTD: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
     """logits = x w^T (+ bias), soft-capped where asked: [B, T, V] in x's dtype."""
     logits = constrain(ops.einsum("btd,vd->btv", x_BTD, w_VD), "batch", "seq", "vocab")
@@ -318,10 +328,13 @@ def cache_index(cache: Any) -> jax.Array:
 
 
 def empty_cache(module: Transformer, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """A key-value cache for `length` tokens in all, with the leading layer axis that `stack` slices."""
-    attention = module.groups[0].blocks[0].attention
-    kv = (sum(group.layers for group in module.groups), batch, length, attention.kv_heads or attention.heads, attention.head_dim)
-    return {
-        "k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype),
-        "segments": jnp.zeros(kv[:3], jnp.int32), "index": jnp.zeros(kv[:1], jnp.int32),
-    }  # fmt: skip
+    """A key-value cache for `length` tokens in all, with the leading layer axis that `stack` slices. What is made of a memory, where the
+    layers look at one, is empty until the first call is given it."""
+    block, layers = module.groups[0].blocks[0], sum(group.layers for group in module.groups)
+
+    def keys(attention: Attention, length: int) -> dict[str, jax.Array]:
+        kv = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim)
+        return {"k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
+
+    own = {**keys(block.attention, length), "index": jnp.zeros(layers, jnp.int32)}
+    return own if block.cross is None else {"own": own, "cross": keys(block.cross, 0)}

@@ -22,7 +22,7 @@ def main(families):
 
     HERE.mkdir(exist_ok=True)
     for family in families:
-        head = next(iter(models.family(family).HEADS.keys() & {"causal_lm", "masked_lm"}), None)
+        head = next(iter(models.family(family).HEADS.keys() & {"causal_lm", "masked_lm", "seq2seq_lm"}), None)
         model = torch_model(family, head)
         given, _ = inputs(family, kinds(family)[min(1, len(kinds(family)) - 1)])
         with torch.no_grad():

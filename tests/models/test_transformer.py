@@ -81,6 +81,9 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("modernbert", "base"): 149_655_232,
     ("modernbert", "large"): 395_881_664,
     ("smollm3", "3b"): 3_075_098_624,
+    ("bart", "base"): 139_420_416 + 50_265,  # and the row that is added to the logits, which is no parameter to PyTorch
+    ("bart", "large"): 406_291_456 + 50_265,
+    ("bart", "large-cnn"): 406_290_432 + 50_264,
     ("distilbert", "base"): 66_985_530,  # with the masked-LM head, tied
     ("electra", "small"): 13_549_057,  # with the discriminator's head
     ("electra", "base"): 109_483_009,
@@ -103,6 +106,11 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("mistral", "7b-v0.3"): 7_248_023_552,
     ("mixtral", "8x7b"): 46_702_792_704,
     ("mixtral", "8x22b"): 140_620_634_112,
+    ("mt5", "small"): 300_176_768,
+    ("mt5", "base"): 582_401_280,
+    ("mt5", "large"): 1_229_581_312,
+    ("mt5", "xl"): 3_742_619_648,
+    ("mt5", "xxl"): 12_921_057_280,
     ("olmo2", "1b"): 1_484_916_736,
     ("olmo2", "7b"): 7_298_617_344,
     ("olmo2", "13b"): 13_716_198_400,
@@ -153,6 +161,21 @@ PUBLISHED = {  # parameters, as counted from the checkpoints (those of BERT with
     ("siglip", "base-patch16-224"): 203_155_970,
     ("siglip", "large-patch16-256"): 652_150_786,
     ("siglip", "so400m-patch14-384"): 877_960_498,
+    ("t5", "small"): 60_506_624,
+    ("t5", "base"): 222_903_552,
+    ("t5", "large"): 737_668_096,
+    ("t5", "3b"): 2_851_598_336,
+    ("t5", "11b"): 11_307_321_344,
+    ("t5", "v1.1-small"): 76_961_152,  # these with a head of their own
+    ("t5", "v1.1-base"): 247_577_856,
+    ("t5", "v1.1-large"): 783_150_080,
+    ("t5", "v1.1-xl"): 2_849_757_184,
+    ("t5", "v1.1-xxl"): 11_135_332_352,
+    ("whisper", "whisper-tiny"): 37_760_640,
+    ("whisper", "whisper-base"): 72_593_920,
+    ("whisper", "whisper-small"): 241_734_912,
+    ("whisper", "whisper-medium"): 763_857_920,
+    ("whisper", "whisper-large-v3"): 1_543_490_560,
     ("bert", "base"): 109_514_298,
     ("bert", "large"): 335_174_458,
     ("bert", "minilm-l6"): 22_713_216 - 384 * 385 + (384 * 385 + 2 * 384 + 30_522),  # published with a pooler and without a head
