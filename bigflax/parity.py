@@ -2,10 +2,10 @@
 
     bigflax parity FOLDER
 
-Inputs: plain rows, rows padded on the right and on the left, the longest row that the model takes (up to `longest`), two token types where
-it knows them, and documents packed into one row, which PyTorch reads one by one; images where it takes them, beside the rows or alone. For
-each: the largest absolute difference of the outputs, the same relative to PyTorch's largest entry, and for logits the mean KL divergence and
-how often the first choice agrees; and the first hidden state (0 is the embedding) that differs by more than the tolerance.
+Whatever the model reads is drawn at random. Of tokens there are several kinds of rows: plain, padded on the right and on the left, the longest
+that the model takes (up to `longest`), two token types where it knows them, and documents packed into one row, which PyTorch reads one by one.
+For each kind: the largest absolute difference of the outputs, the same relative to PyTorch's largest entry, and for logits the mean KL
+divergence and how often the first choice agrees; and the first hidden state (0 is the embedding) that differs by more than the tolerance.
 
 The only module that imports PyTorch. Left out on purpose: gradients, which tests/models/test_parity.py compares for every family.
 """
@@ -15,12 +15,16 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigflax import hub, models
+from bigflax.models.transformer import Embed
 from bigflax.nn import Model
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "pooler_output", "text_embeds", "image_embeds", "logits_per_text")
+KINDS = ("plain", "padded right", "padded left", "longest", "token types")
+Inputs = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +36,22 @@ class Row:
     relative: float
     kl: float | None
     top1: float | None
-    first: int | None
+    first: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one kind and the masks [B, T] of what is real in them; `apart` are those that together hold the same, for PyTorch."""
+
+    kind: str
+    given: Inputs
+    reals: list[np.ndarray]
+    apart: list[Inputs]
 
 
 def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: int = 0) -> list[Row]:
     """One Row a kind of input. Raises ImportError that names the extra where PyTorch or transformers is absent, ValueError for a model that
-    reads anything else than tokens, else what `hub.load` raises."""
+    transformers does not have, else what `hub.load` raises."""
     try:
         import torch
         import transformers
@@ -45,119 +59,137 @@ def compare(source: str, *, tolerance: float = 1e-4, longest: int = 512, seed: i
         raise ImportError(f"parity needs PyTorch and transformers: pip install 'bigflax[parity]' ({error})") from None
     folder = hub.fetch(source)
     model, params = hub.load(folder, dtype="float32")
-    if [*(reads := model.module.example())] != ["input_ids"]:
-        raise ValueError(f"parity compares models that read rows of tokens alone, and {model.family} reads {' and '.join(reads)}")
-    kind = models.family(model.family).HEADS[model.config["head"]][0]
-    if not hasattr(transformers, kind) or "input_ids" not in model.module.example():
-        raise ValueError(f"parity feeds tokens to what transformers has too, and {model.family} is not of that kind")
+    home = models.family(model.family)
+    kind = home.HEADS[model.config["head"]][0]
+    if not hasattr(transformers, str(kind)):
+        raise ValueError(f"parity compares with transformers, which has no {model.family}; the family is bigflax's alone")
     theirs = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
     ours = jax.jit(functools.partial(model.apply, hidden_states=True))
-
     # what transformers calls position_ids is in some families the row of a table that begins with rows for other uses
-    before = _text(model).first_position if getattr(models.family(model.family), "POSITION_ROWS", False) else 0
+    before = model.module.embed.first_position if getattr(home, "POSITION_ROWS", False) else 0
 
-    def reference(given: dict[str, np.ndarray]) -> dict[str, Any]:
+    def reference(given: Inputs) -> dict[str, Any]:
         if before:
             at = np.arange(given["input_ids"].shape[1])[None]
             given = given | {"position_ids": given.get("position_ids", at) + before}
         with torch.no_grad():
             out = theirs(**{name: torch.from_numpy(x) for name, x in given.items()}, output_hidden_states=True)
-        towers = [out[f"{tower}_model_output"] for tower in ("text", "vision") if f"{tower}_model_output" in out]
-        states = [x.numpy() for part in towers or [out] for x in part.hidden_states]
-        return {**{name: out[name].numpy() for name in OUTPUTS if name in out}, "hidden_states": states}
+        towers = {
+            f"{tower}_hidden_states": out[f"{tower}_model_output"].hidden_states
+            for tower in ("text", "vision")
+            if f"{tower}_model_output" in out
+        }
+        states = {name: x for name, x in out.items() if name.endswith("hidden_states")} | towers
+        return {name: out[name].numpy() for name in OUTPUTS if name in out} | {name: [x.numpy() for x in xs] for name, xs in states.items()}
 
-    rows = []
-    pad = hub.read_config(folder).get("pad_token_id") or 0
-    for name, given, real in _inputs(model, longest, seed, pad):
-        got = ours(params, **given)
-        got.setdefault("hidden_states", (*got.get("text_hidden_states", ()), *got.get("vision_hidden_states", ())))
-        rows.append(_row(name, got, reference(given), real, tolerance))
-    if [*model.module.example()] != ["input_ids"]:
-        return rows
-    packed, documents = _packed(model, seed)
-    got, alone = ours(params, **packed), [reference(document) for document in documents]
-    if got.get("logits", np.zeros(0)).ndim == 3 or "start_logits" in got or not any(name in got for name in OUTPUTS):
-        rows.append(_row("packed", got, _join(alone), packed["segment_ids"] > 0, tolerance))
-    return rows
+    cases = _cases(model, longest, seed, hub.read_config(folder).get("pad_token_id") or 0)
+    return [_row(case, ours(params, **case.given), _join([reference(given) for given in case.apart]), tolerance) for case in cases]
 
 
 def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Outputs of documents read one by one, as those of one row."""
-    one = {
-        name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0] if name not in ("hidden_states", "pooler_output")
-    }
+    """Outputs of documents read one by one, as those of one row; those of a whole document are left out."""
+    if len(parts) == 1:
+        return parts[0]
+    join = lambda xs: np.concatenate(xs, axis=1)
     return {
-        **one,
-        "hidden_states": [np.concatenate(states, axis=1) for states in zip(*(part["hidden_states"] for part in parts), strict=True)],
-    }
+        name: [join(xs) for xs in zip(*(part[name] for part in parts), strict=True)] if isinstance(x, list) else join([part[name] for part in parts])
+        for name, x in parts[0].items()
+        if isinstance(x, list) or x.ndim > 2 or name in ("start_logits", "end_logits")
+    }  # fmt: skip
 
 
-def _text(model: Model) -> Any:
-    """The embedding of tokens, in one of two towers where there are two."""
-    return getattr(model.module, "text", model.module).embed
+# -- inputs ----------------------------------------------------------------------------------------------------------------
 
 
-def _positions(model: Model) -> int | None:
-    return _text(model).positions or model.config.get("max_position_embeddings")
+def _embeds(model: Model) -> list[Embed]:
+    """The embeddings of tokens: of the model, or of its parts."""
+    parts = [getattr(model.module, part, None) for part in ("encoder", "decoder", "text")]
+    embeds = [getattr(part, "embed", None) for part in (model.module, *parts)]
+    return [embed for embed in embeds if isinstance(embed, Embed)]
 
 
-def _tokens(model: Model, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    vocab = _text(model).vocab
-    return rng.integers(min(5, vocab - 1), vocab, shape)
-
-
-def _inputs(model: Model, longest: int, seed: int, pad: int) -> list[tuple[str, dict[str, np.ndarray], np.ndarray]]:
-    """(kind, inputs, which tokens are real) of every kind but the packed one."""
-    rng, example = np.random.default_rng(seed), model.module.example()
-    images = {name: rng.normal(size=(3, *x.shape[1:])).astype(np.float32) for name, x in example.items() if name == "pixel_values"}
-    if "input_ids" not in example:
-        return [("plain", images, np.ones((3, 0), bool))]
-    most = min(longest, _positions(model) or longest)
-    length, out = min(24, most), []
-    for kind, n in {"plain": length, "padded right": length, "padded left": length, "longest": most, "token types": length}.items():
-        ids, real = _tokens(model, rng, (3, n)), np.ones((3, n), bool)
-        for row, cut in enumerate((0, n // 4, n // 2)) if kind.startswith("padded") else ():
-            real[row, (slice(n - cut, None) if kind == "padded right" else slice(0, cut))] = False
-        # transformers finds the last real token of a row, which it classifies by, through pad_token_id: no real token may bear it
-        ids = np.where(real, np.where(ids == pad, (pad + 1) % _text(model).vocab, ids), pad)
-        given = {"input_ids": ids, "attention_mask": real.astype(np.int64), **images}
-        if kind == "padded left":
-            given["position_ids"] = np.maximum(real.cumsum(1) - 1, 0)
+def _cases(model: Model, longest: int, seed: int, pad: int) -> list[Case]:
+    rng, example, embeds = np.random.default_rng(seed), model.module.example(), _embeds(model)
+    rest = {name: rng.normal(size=(3, *x.shape[1:])).astype(np.float32) for name, x in example.items() if x.dtype != jnp.int32}
+    rows = [name.removesuffix("input_ids") for name in example if name.endswith("input_ids")]
+    reads_again = "decoder_" in rows and model.config["head"] not in (None, "seq2seq_lm")  # the decoder of such a head reads the same
+    rows = [""] if reads_again else rows
+    if not rows:
+        return [Case("plain", rest, [], [rest])]
+    tables = [embed.positions or model.config.get("max_position_embeddings") or longest for embed in embeds]
+    most, vocab = min(longest, *tables), embeds[0].vocab
+    draw = lambda shape: rng.integers(min(5, vocab - 1), vocab, shape)
+    cases = []
+    for kind in KINDS:
+        given, reals, n = dict(rest), [], most if kind == "longest" else min(24, most)
+        if kind == "token types" and "type_vocab_size" not in model.config:
+            continue
+        for i, row in enumerate(rows):
+            real = _real(kind, n - i)  # a decoder's rows are shorter, so that no output is taken for the encoder's
+            # transformers finds the last real token of a row, which it classifies by, through pad_token_id: no real token may bear it
+            ids = draw(real.shape)
+            ids = np.where(real, np.where(ids == pad, (pad + 1) % vocab, ids), pad)
+            if reads_again:  # a sequence's scores are those at its eos, one a row
+                ids = np.where(real & (real[:, ::-1].cumsum(1)[:, ::-1] == 1), model.module.eos, ids)
+            given |= {f"{row}input_ids": ids} | (
+                {} if "input_features" in rest and not row else {f"{row}attention_mask": real.astype(np.int64)}
+            )
+            reals.append(real)
+        if kind == "padded left" and rows == [""] and not reads_again:
+            given["position_ids"] = np.maximum(reals[0].cumsum(1) - 1, 0)
         if kind == "token types":
-            if "type_vocab_size" not in model.config:
-                continue
-            given["token_type_ids"] = rng.integers(0, model.config["type_vocab_size"], ids.shape)
-        out.append((kind, given, real))
-    return out
+            given["token_type_ids"] = rng.integers(0, model.config["type_vocab_size"], given["input_ids"].shape)
+        cases.append(Case(kind, given, reals, [given]))
+    if not rest and not reads_again and model.config["head"] not in ("sequence_classification", "embedding"):
+        cases.append(_packed(rows, draw))
+    return cases
 
 
-def _packed(model: Model, seed: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """Three documents in one row, and each alone."""
-    rng, lengths = np.random.default_rng(seed + 1), (7, 3, 5)
-    documents = [_tokens(model, rng, (1, n)) for n in lengths]
-    packed = {
-        "input_ids": np.concatenate(documents, axis=1),
-        "segment_ids": np.repeat(np.arange(1, len(lengths) + 1), lengths)[None],
-        "position_ids": np.concatenate([np.arange(n) for n in lengths])[None],
-    }
-    return packed, [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in documents]
+def _real(kind: str, n: int) -> np.ndarray:
+    real = np.ones((3, n), bool)
+    for row, cut in enumerate((0, n // 4, n // 2)) if kind.startswith("padded") else ():
+        real[row, (slice(n - cut, None) if kind == "padded right" else slice(0, cut))] = False
+    return real
 
 
-def _row(name: str, got: Any, want: Any, real: np.ndarray, tolerance: float) -> Row:
-    def masked(x: Any) -> np.ndarray:
+def _packed(rows: list[str], draw: Any) -> Case:
+    """Three documents in one row, and each alone; a pair's two sides are of different lengths."""
+    packed, reals, apart = {}, [], [{} for _ in range(3)]
+    for row, lengths in zip(rows, ((7, 3, 5), (4, 6, 2)), strict=False):
+        documents = [draw((1, n)) for n in lengths]
+        segments = np.repeat(np.arange(1, 4), lengths)[None]
+        packed |= {f"{row}input_ids": np.concatenate(documents, axis=1), f"{row}segment_ids": segments}
+        packed |= {f"{row}position_ids": np.concatenate([np.arange(n) for n in lengths])[None]}
+        reals.append(segments > 0)
+        for one, ids in zip(apart, documents, strict=True):
+            one |= {f"{row}input_ids": ids, f"{row}attention_mask": np.ones_like(ids)}
+    return Case("packed", packed, reals, apart)
+
+
+# -- differences -----------------------------------------------------------------------------------------------------------
+
+
+def _row(case: Case, got: Any, want: Any, tolerance: float) -> Row:
+    def seen(x: Any) -> np.ndarray:
         x = np.asarray(x, np.float32)
-        return x[real] if x.shape[:2] == real.shape else x.reshape(-1, x.shape[-1])
+        real = next((real for real in case.reals if real.shape == x.shape[:2]), None)
+        return x.reshape(-1, x.shape[-1]) if real is None else x[real]
 
     far = lambda a, b: float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-    states = [far(masked(a), masked(b)) for a, b in zip(got["hidden_states"], want["hidden_states"], strict=True)]
-    first = next((i for i, distance in enumerate(states) if not distance <= tolerance), None)
-    compared = [(masked(got[key]), masked(want[key])) for key in OUTPUTS if key in got and key in want]
-    compared = compared or [(masked(got["hidden_states"][-1]), masked(want["hidden_states"][-1]))]
+    states = {
+        f"{name.removesuffix('hidden_states').replace('_', ' ')}{i}": (seen(a), seen(b))
+        for name, xs in got.items()
+        if name.endswith("hidden_states")
+        for i, (a, b) in enumerate(zip(xs, want[name], strict=True))
+    }
+    first = next((name for name, (a, b) in states.items() if not far(a, b) <= tolerance), None)
+    compared = {key: (seen(got[key]), seen(want[key])) for key in OUTPUTS if key in got and key in want} or dict([list(states.items())[-1]])
     kl = top1 = None
-    if "logits" in got and "logits" in want and compared[0][0].ndim == 2:
-        a, b = (_log_softmax(x) for x in compared[0])
+    if "logits" in compared and compared["logits"][0].ndim == 2:
+        a, b = (_log_softmax(x) for x in compared["logits"])
         kl, top1 = float((np.exp(b) * (b - a)).sum(-1).mean()), float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Row(name, max(float(np.abs(a - b).max()) for a, b in compared), max(far(a, b) for a, b in compared), kl, top1, first)
+    pairs = compared.values()
+    return Row(case.kind, max(float(np.abs(a - b).max()) for a, b in pairs), max(far(a, b) for a, b in pairs), kl, top1, first)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -170,6 +202,6 @@ def table(rows: list[Row]) -> str:
     shown = [("inputs", "max abs", "relative", "KL", "top-1", "first layer that differs")]
     for r in rows:
         kl, top1 = ("-" if r.kl is None else f"{r.kl:.1e}"), ("-" if r.top1 is None else f"{r.top1:.1%}")
-        shown.append((r.inputs, f"{r.absolute:.1e}", f"{r.relative:.1e}", kl, top1, "none" if r.first is None else str(r.first)))
+        shown.append((r.inputs, f"{r.absolute:.1e}", f"{r.relative:.1e}", kl, top1, r.first or "none"))
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown)

@@ -13,22 +13,25 @@ from bigflax.main import main
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="compares with PyTorch: pip install 'bigflax[parity]'")
+TOKENS = {"plain", "padded right", "padded left", "longest"}
+# family, head, the kinds of its inputs
 CASES = [
-    ("bert", "masked_lm"), ("bert", "question_answering"), ("bert", None), ("llama", "causal_lm"), ("opt", "sequence_classification"),
-    ("electra", "discriminator"), ("roberta", "masked_lm"), ("vit", "image_classification"), ("siglip", None),
+    ("bert", "masked_lm", {*TOKENS, "token types", "packed"}), ("bert", "question_answering", {*TOKENS, "token types", "packed"}),
+    ("bert", None, {*TOKENS, "token types", "packed"}), ("electra", "discriminator", {*TOKENS, "token types", "packed"}),
+    ("roberta", "masked_lm", {*TOKENS, "token types", "packed"}), ("llama", "causal_lm", {*TOKENS, "packed"}),
+    ("mixtral", "causal_lm", {*TOKENS, "packed"}), ("opt", "sequence_classification", TOKENS),
+    ("t5", "seq2seq_lm", {*TOKENS, "packed"}), ("bart", None, {*TOKENS, "packed"}), ("bart", "sequence_classification", TOKENS),
+    ("bart", "question_answering", TOKENS), ("whisper", "seq2seq_lm", TOKENS), ("clip", None, TOKENS), ("siglip", None, TOKENS),
+    ("vit", "image_classification", {"plain"}), ("resnet", "image_classification", {"plain"}),
 ]  # fmt: skip
 
 
 @needs_torch
-@pytest.mark.parametrize("family, head", CASES)
-def test_equal_models_pass(family, head, tmp_path, capsys):
+@pytest.mark.parametrize("family, head, kinds", CASES)
+def test_equal_models_pass(family, head, kinds, tmp_path, capsys):
     torch_model(family, head).save_pretrained(tmp_path)
     assert main(["parity", str(tmp_path), "--cache="]) == 0
     shown = capsys.readouterr().out
-    kinds = {"plain"} if family == "vit" else {"plain", "padded right", "padded left", "longest"}
-    kinds |= ({"token types"} if family in ("bert", "electra", "roberta") else set()) | (
-        {"packed"} if head in ("masked_lm", "causal_lm", "question_answering") else set()
-    )
     rows = parity.compare(str(tmp_path))
     assert {row.inputs for row in rows} == kinds and all(kind in shown for kind in kinds)
     has_logits = head not in (None, "question_answering", "discriminator")  # the last has one number a token, no distribution
@@ -48,25 +51,34 @@ def test_a_wrong_layer_is_named(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("bigflax.hub.load", wrong)
     rows = parity.compare(str(tmp_path))
-    assert {row.first for row in rows} == {2} and all(row.relative > 1e-4 and row.kl > 0 for row in rows)
+    assert {row.first for row in rows} == {"2"} and all(row.relative > 1e-4 and row.kl > 0 for row in rows)
     assert main(["parity", str(tmp_path), "--cache="]) == 1
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("family", ["cnn", "resnet", "rnn"])
-def test_what_is_not_compared(family, tmp_path):
-    pytest.importorskip("transformers")
-    model = models.create(family, size="tiny", head=None)
-    bigflax.save(model, jax.jit(model.init)(jax.random.key(0)), str(tmp_path))
-    with pytest.raises(ValueError, match=f"parity feeds tokens to what transformers has too, and {family} is not"):
-        parity.compare(str(tmp_path))
+@needs_torch
+def test_a_wrong_layer_of_one_of_two_stacks_is_named(tmp_path, monkeypatch, capsys):
+    torch_model("t5", "seq2seq_lm").save_pretrained(tmp_path)
+    load = bigflax.hub.load
+
+    def wrong(*args, **options):
+        model, params = load(*args, **options)
+        mlp = params["decoder"]["blocks"]["mlp"]
+        mlp["down"] = mlp["down"].at[0].multiply(1.01)
+        return model, params
+
+    monkeypatch.setattr("bigflax.hub.load", wrong)
+    assert main(["parity", str(tmp_path), "--cache="]) == 1
+    assert "decoder 1" in capsys.readouterr().out
 
 
 @needs_torch
-def test_a_pair_is_refused(tmp_path, capsys):
-    torch_model("t5", "seq2seq_lm").save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["cnn", "rnn"])
+def test_what_transformers_does_not_have_is_not_compared(family, tmp_path, capsys):
+    model = models.create(family, size="tiny", head=None)
+    bigflax.save(model, jax.jit(model.init)(jax.random.key(0)), str(tmp_path))
     assert main(["parity", str(tmp_path), "--cache="]) == 2
-    assert "rows of tokens alone, and t5 reads input_ids and decoder_input_ids" in capsys.readouterr().err
+    assert f"transformers, which has no {family}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(HAS_TORCH, reason="PyTorch is here")
