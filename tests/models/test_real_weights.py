@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import re
 import sysconfig
 from pathlib import Path
 
@@ -123,6 +124,15 @@ def test_saved_again_it_is_the_same_file(tmp_path):
     assert want.keys() - got.keys() == {"embeddings.position_ids"}  # a buffer: 0, 1, 2 ...
     assert all(np.array_equal(got[name], want[name]) for name in got)
     assert data.load_tokenizer(tmp_path).fingerprint == data.load_tokenizer(folder()).fingerprint
+
+
+def test_the_program_in_the_readme(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    program = re.search(r"```python\n(.*?)```", readme.split("## Published models")[1], re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("sentence-transformers/all-MiniLM-L6-v2", folder()), {})
+    alike = float(capsys.readouterr().out.split()[1].strip("]"))
+    assert 0.5 < alike < 0.9 and (tmp_path / "out" / "model.safetensors").exists()
 
 
 if __name__ == "__main__":
