@@ -140,9 +140,9 @@ class Model:
 
 def model(module: nn.Module, **example: Any) -> Model:
     """Fences a Linen module in; `example` are its inputs as arrays or ShapeDtypeStructs of any small size."""
-    example = {name: np.zeros(x.shape, x.dtype) for name, x in example.items()}
+    zeros = lambda: {name: jnp.zeros(x.shape, x.dtype) for name, x in example.items()}
     # nn.init, not module.init: many of our modules have a field of that name, their initializer.
-    boxed = lambda rng: nn.init(lambda module: module(**example), module)({"params": rng})["params"]
+    boxed = lambda rng: nn.init(lambda module: module(**zeros()), module)({"params": rng})["params"]
     is_named = lambda x: isinstance(x, _Named)
     named = jax.eval_shape(boxed, KEY)
     axes, shaped = (jax.tree.map(lambda box, part=part: getattr(box, part), named, is_leaf=is_named) for part in ("axes", "value"))

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from bigflax import checkpoint, data, models, optim, sharding, tasks, train, trees
 from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
-from bigflax.generate import generate
+from bigflax.generate import check
 
 Config = Any  # a ConfigDict, whose attributes no type checker knows
 
@@ -76,7 +76,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
         "sample": {
             "prompt": "",
-            **_keywords(generate, "model", "params", "input_ids", "attention_mask", "eos_id", "rng"),
+            **_keywords(check, "model", "length"),
             "max_new_tokens": 100,
         },
         "yardsticks": False,

@@ -139,7 +139,10 @@ def torch_model(name, head):
         kind(config).save_pretrained(folder)
         for file in Path(folder).glob("*.safetensors"):
             save_file({name: drawn(name, w.shape) for name, w in load_tensors(folder).items()}, file, metadata={"format": "pt"})
-        return kind.from_pretrained(folder).eval()
+        model = kind.from_pretrained(folder).eval()
+    for name, w in kind(config).named_parameters():  # loading forgets what does not learn: Whisper's fixed positions
+        model.get_parameter(name).requires_grad_(w.requires_grad)
+    return model
 
 
 def drawn(name, shape):
