@@ -141,6 +141,8 @@ def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any
     config = _known(said, [name for name in inspect.signature(home.build).parameters if name not in OURS], kind, folder)
     for part, known in parts.items():
         config[part] = _known(said[part], list(known), kind, folder, f"{part}.")
+    if config.get("rope_scaling"):
+        config["rope_scaling"] = _trained_length(config["rope_scaling"], {**models.fields(home.build), **config})
     labels = len(said.get("id2label") or ()) or said.get("num_labels")
     if labels and "num_labels" in inspect.signature(home.build).parameters:
         config["num_labels"] = labels
@@ -161,6 +163,13 @@ def _known(said: Mapping[str, Any], known: list[str], kind: str, folder: str, pa
                 f"{folder!r} has the field {name!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
             )
     return {field: value for field, value in said.items() if field in known}
+
+
+def _trained_length(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling with the length that it starts from: where a config does not say it, its own longest; in the dynamic kind in any case."""
+    longest = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
+    return {**longest, **scaling, **(longest if dynamic else {})}
 
 
 def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,7 +241,9 @@ class Rope(nn.Module):
     scaling: Any = None
 
     def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        inv_freq, factor = ops.rope_frequencies(x_BTNH.shape[-1], theta=self.theta, fraction=self.fraction, scaling=self.scaling)
+        inv_freq, factor = ops.rope_frequencies(
+            x_BTNH.shape[-1], theta=self.theta, fraction=self.fraction, scaling=self.scaling, length=jnp.max(positions_BT) + 1
+        )
         return ops.rope(x_BTNH, positions_BT, inv_freq, factor=factor)
 
 

@@ -237,6 +237,15 @@ def test_mixture(module, implementation):
     assert narrow.dtype == jnp.bfloat16
 
 
+def test_dynamic_rotation_looks_at_the_last_position():
+    x = np.random.default_rng(1).normal(size=(B, T, N, H)).astype(np.float32)
+    dynamic = nn.Rope(100.0, scaling=dict(rope_type="dynamic", factor=3.0, original_max_position_embeddings=4))
+    at = np.arange(T)[None]
+    slower = nn.Rope(100.0 * (3 * T / 4 - 2) ** (H / (H - 2)))
+    np.testing.assert_allclose(dynamic(x, at), slower(x, at), **CLOSE)
+    np.testing.assert_allclose(dynamic(x[:, :4], at[:, :4]), nn.Rope(100.0)(x[:, :4], at[:, :4]), **CLOSE)
+
+
 # act -> its values at -1 and 2, from tables of the normal distribution and of tanh
 ACTIVATIONS = {
     "gelu": (-0.158655, 1.954500),

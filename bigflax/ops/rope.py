@@ -7,7 +7,7 @@ A plain inv_freq is theta^(-2 i / D); `scaling`, in the form of a Hugging Face `
 
     default   as trained
     linear    inv_freq / factor                                                                     (Chen et al. 2023, arXiv 2306.15595)
-    dynamic   theta grows with the length of the run, `seq_len`, once it passes the trained length      ("NTK-aware", Peng et al. 2023)
+    dynamic   theta grows with the length of the run, once it passes the trained length                 ("NTK-aware", Peng et al. 2023)
     yarn      long wavelengths as linear, short ones as trained, a ramp between; logits warmed by a factor on sin and cos   (2309.00071)
     llama3    the same idea with the ramp over wavelengths                                                     (Llama 3.1, 2407.21783)
 
@@ -26,11 +26,13 @@ import numpy as np
 
 
 def rope_frequencies(
-    head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, scaling: Mapping[str, Any] | None = None
-) -> tuple[np.ndarray, float]:
+    head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, scaling: Mapping[str, Any] | None = None,
+    length: int | jax.Array | None = None,
+) -> tuple[np.ndarray | jax.Array, float]:  # fmt: skip
     """Returns (inv_freq [R] float32, attention factor for `rope(factor=)`); R = int(head_dim * fraction) / 2.
 
-    The factor is 1 but for yarn. Raises ValueError for an unknown kind of scaling, and for one that lacks a key it needs.
+    The factor is 1 but for yarn. `length` is that of the run, its last position and one; dynamic scaling alone looks at it.
+    Raises ValueError for an unknown kind of scaling, and for one that lacks a key it needs.
     """
     dim = int(head_dim * fraction)
     if dim < 2 or dim % 2:
@@ -40,7 +42,7 @@ def rope_frequencies(
     if kind not in KINDS:
         raise ValueError(f"rope has no scaling {kind!r}; take one of {', '.join(KINDS)}")
     try:
-        inv_freq, factor = KINDS[kind](dim, float(theta), scaling)
+        inv_freq, factor = KINDS[kind](dim, float(theta), scaling | ({} if length is None else {"length": length}))
     except KeyError as missing:
         raise ValueError(f"rope scaling {kind!r} lacks {missing}; it has {', '.join(scaling)}") from None
     return inv_freq.astype(np.float32), factor
@@ -60,7 +62,7 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, inv_freq: np.ndarray | jax.
     return jnp.concatenate([y.astype(x_BTNH.dtype), x_BTNH[..., 2 * R :]], axis=-1)
 
 
-def _plain(dim: int, theta: float) -> np.ndarray:
+def _plain(dim: int, theta: Any) -> Any:
     return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
@@ -72,12 +74,12 @@ def _linear(dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, float]:
     return _plain(dim, theta) / scaling["factor"], 1.0
 
 
-def _dynamic(dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, float]:
-    """theta * (factor * seq_len / trained - (factor - 1))^(D / (D - 2)); without `seq_len`, or up to the trained length, as trained."""
-    factor = scaling["factor"]
-    trained = scaling["original_max_position_embeddings"] if "seq_len" in scaling else 1
-    stretch = max(scaling.get("seq_len", trained) / trained, 1.0)
-    return _plain(dim, theta * (factor * stretch - (factor - 1)) ** (dim / (dim - 2))), 1.0
+def _dynamic(dim: int, theta: float, scaling: dict) -> tuple[Any, float]:
+    """theta * (factor * length / trained - (factor - 1))^(D / (D - 2)); up to the trained length, as trained."""
+    factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
+    length = scaling.get("length", trained)
+    longer = (jnp.maximum if isinstance(length, jax.Array) else max)(length / trained, 1.0)
+    return _plain(dim, theta * (factor * longer - (factor - 1)) ** (dim / (dim - 2))), 1.0
 
 
 def _yarn(dim: int, theta: float, scaling: dict) -> tuple[np.ndarray, float]:

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, HEADS, OURS_ALONE, VARIANTS, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
+from families import FAMILIES, HEADS, OURS_ALONE, VARIANTS, VOCAB, inputs, kinds, labels_for, load_tensors, masked, outputs, torch_model
 
 import bigflax
 from bigflax import models, tasks, trees, weights
 from bigflax.generate import generate
 
 torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install 'bigflax[parity]'")
-GenerationMixin = pytest.importorskip("transformers").GenerationMixin
+transformers = pytest.importorskip("transformers")
 
 CASES = [(family, head) for family in FAMILIES if family not in OURS_ALONE for head in models.family(family).HEADS]
 KINDS = ("padded right", "longest")
@@ -114,6 +114,17 @@ def test_one_step(family, head, saved, tmp_path):
         near(got[name], w, name)
 
 
+def test_dynamic_rotation_beyond_the_trained_length(tmp_path):
+    """A model that has read nothing yet: PyTorch's keeps the frequencies of the longest row so far."""
+    config = transformers.LlamaConfig(**VARIANTS["llama, dynamic"][1] | dict(max_position_embeddings=5, vocab_size=VOCAB))
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    given, reals = inputs("llama", "padded right")
+    with torch.no_grad():
+        want = transformers.LlamaForCausalLM.from_pretrained(tmp_path)(**{name: torch.from_numpy(x) for name, x in given.items()}).logits
+    model, params = bigflax.load(str(tmp_path))
+    near(masked(model.apply(params, **given)["logits"], reals), masked(want, reals))
+
+
 @pytest.mark.parametrize("family, head", CASES + MORE, ids=str)
 def test_saved_again_it_is_the_same_file(family, head, saved, tmp_path):
     theirs, folder = saved(family, head)
@@ -157,7 +168,9 @@ def test_greedy_decoding(family, saved):
     prompt = given["decoder_input_ids"][:, :3]
     prompt[:, 0] = model.module.start  # else transformers puts it there
     # Whisper's own generate is of half-minute windows and timestamps; below it lies the one of all models
-    run = functools.partial(GenerationMixin.generate, theirs, do_sample=False, num_beams=1, max_new_tokens=8, forced_eos_token_id=None)
+    run = functools.partial(
+        transformers.GenerationMixin.generate, theirs, do_sample=False, num_beams=1, max_new_tokens=8, forced_eos_token_id=None
+    )
     run = functools.partial(run, eos_token_id=None, suppress_tokens=None, begin_suppress_tokens=None)
     for start, options in ((1, {}), (3, {"decoder_input_ids": prompt})):
         want = run(**{name: torch.from_numpy(np.asarray(x)) for name, x in (read | options).items()})[:, start:]

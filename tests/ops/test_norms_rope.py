@@ -65,7 +65,7 @@ ROPES = {
     "theta": dict(theta=500000.0),
     "half of the channels": dict(fraction=0.5),
     "linear": dict(scaling=dict(type="linear", factor=4.0)),
-    "dynamic": dict(scaling=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=128, seq_len=512)),
+    "dynamic": dict(scaling=dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=128), length=512),
     "llama3": dict(scaling=LLAMA3),
     "yarn": dict(scaling=YARN),
 }
@@ -134,10 +134,12 @@ def test_yarn_ramps_between_its_two_channels():
 
 def test_dynamic_waits_for_the_trained_length():
     plain = rope_frequencies(64)[0]
-    dynamic = lambda **more: rope_frequencies(64, scaling=dict(rope_type="dynamic", factor=2.0, **more))[0]
-    np.testing.assert_array_equal(dynamic(), plain)
-    np.testing.assert_array_equal(dynamic(seq_len=100, original_max_position_embeddings=128), plain)
-    longer = dynamic(seq_len=256, original_max_position_embeddings=128)
+    scaling = dict(rope_type="dynamic", factor=2.0, original_max_position_embeddings=128)
+    dynamic = lambda length: rope_frequencies(64, scaling=scaling, length=length)[0]
+    np.testing.assert_array_equal(dynamic(None), plain)
+    np.testing.assert_array_equal(dynamic(100), plain)
+    longer = dynamic(256)
+    np.testing.assert_allclose(jax.jit(dynamic)(256), longer, rtol=1e-5)  # a length that is only known when it runs
     # theta' = theta (2 * 2 - 1)^(64/62), so the slowest pair slows by 3 exactly
     np.testing.assert_allclose(longer[[0, -1]], plain[[0, -1]] / [1, 3], rtol=1e-5)
 
