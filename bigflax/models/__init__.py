@@ -26,12 +26,13 @@ def family(name: str) -> Any:
     return importlib.import_module(f"bigflax.models.families.{name.replace('-', '_')}")
 
 
-def create(name: str, *, size: str | None = None, **config: Any) -> nn.Model:
-    """A model of a family: `size` fills the config, `config` (the family's Hugging Face field names) overrides it."""
+def create(name: str, *, size: str | Mapping[str, Any] | None = None, **config: Any) -> nn.Model:
+    """A model of a family: `size`, the name of one or a dict as SIZES holds, fills the config, and `config` overrides it; both bear the
+    family's Hugging Face field names."""
     home = family(name)
-    if size is not None and size not in home.SIZES:
+    if isinstance(size, str) and size not in home.SIZES:
         raise ValueError(f"{name} has no size {size!r}; {trees.did_you_mean(size, home.SIZES, 'the sizes are')}")
-    chosen = home.SIZES[size] if size else {}
+    chosen = home.SIZES[size] if isinstance(size, str) else size or {}
     whole = _over(fields(home.build), chosen, config, name)
     for part, build in getattr(home, "PARTS", {}).items():
         whole[part] = _over(part_fields(build), chosen.get(part, {}), config.get(part) or {}, name, f"{part}.")
@@ -50,7 +51,7 @@ def part_fields(build: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _over(known: dict[str, Any], chosen: Mapping[str, Any], config: Mapping[str, Any], name: str, path: str = "") -> dict[str, Any]:
-    for key in config:
+    for key in (*chosen, *config):
         if key not in known:
             raise ValueError(f"{name} has no config field {path + key!r}; {trees.did_you_mean(key, known)}")
     return {**known, **chosen, **config}

@@ -416,11 +416,17 @@ def test_lora_over_int8_trains_a_and_b_alone_under_scan_and_remat(name):
     assert np.abs(logits - logits_of(name, input_ids=ids)).max() > 0.1  # the update is not nothing
 
 
+def test_a_size_is_a_name_or_what_stands_behind_it():
+    named, said = (models.create("llama", size=size, vocab_size=40) for size in ("tiny", models.family("llama").SIZES["tiny"]))
+    assert named.config == said.config and named.config["vocab_size"] == 40
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "family": (dict(name="gpt3"), "unknown model family 'gpt3'; the families are 'gpt2'"),
     "size": (dict(name="gpt2", size="124M"), "gpt2 has no size '124M'; the sizes are '124m'"),
+    "size that is a dict": (dict(name="gpt2", size={"n_embed": 3}), "gpt2 has no config field 'n_embed'; the nearest names are 'n_embd'"),
     "field": (dict(name="llama", hidden_sizes=3), "llama has no config field 'hidden_sizes'; the nearest names are 'hidden_size'"),
     "activation": (dict(name="gpt2", size="tiny", activation_function="gelu_now"), "'gelu_now'.*'gelu_new'"),
     "head": (dict(name="gpt2", size="tiny", head="causl_lm"), "unknown head 'causl_lm'; .*'causal_lm'"),
