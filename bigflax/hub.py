@@ -4,13 +4,13 @@
     save(model, params, "out")                                       transformers loads it unchanged
 
 Every leaf is made on the mesh shard by shard from the slices of the file that it consists of (models/names.py), one leaf after the other:
-no device and no host ever holds a second copy of more than one leaf. A config that says something we do not compute is refused, not guessed.
+no device and no host ever holds a second copy of more than one leaf. A config that says something we do not compute is refused, not guessed
+(models/published.py).
 
 Left out on purpose: pickled weights (`pytorch_model.bin` can run code; convert it once with transformers), and remote code.
 """
 
 import dataclasses
-import inspect
 import json
 import math
 import mmap
@@ -25,35 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import models, trees
-from bigflax.models import names
+from bigflax.models import names, published
 from bigflax.nn import Model
 from bigflax.sharding import TABLE, Table, make_mesh, shardings
 from bigflax.weights import dense, is_typed
 
-# What a config.json may say that changes nothing that we compute.
-HARMLESS = (
-    "architectures model_type transformers_version _name_or_path _commit_hash torch_dtype dtype use_cache auto_map task_specific_params "
-    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class "
-    "id2label label2id num_labels problem_type finetuning_task output_attentions output_hidden_states return_dict return_dict_in_generate "
-    "gradient_checkpointing attn_implementation _attn_implementation prefix max_length "
-    # how to generate, and with which library: older versions wrote all of it into every config, those inside of others included
-    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty min_length no_repeat_ngram_size num_beam_groups "
-    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty suppress_tokens temperature tf_legacy_loss "
-    "top_k top_p torchscript typical_p use_bfloat16"
-).split()
-# What it may say only like this: anything else is another function.
-FIXED = {
-    "chunk_size_feed_forward": 0,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
-    "cross_attention_hidden_size": None,
-    "tie_encoder_decoder": False,
-    "pruned_heads": {},
-}
-OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a family that are no fields of its config
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
@@ -70,16 +46,15 @@ def load(
     """`(model, params)` of a folder or hub id.
 
     `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new, and
-    so are the scores of a head that is asked for with another `num_labels`.
-    `dtype` is that of weights and computation, by default the stored one; integers stay integers. With a `mesh` the weights lie on it by
-    `table`. `changes` are
-    further arguments of the family: `remat="full"`. Raises ValueError, which says what is wrong with which file, FileNotFoundError.
+    so are the scores of a head that is asked for with another `num_labels`. `dtype` is that of weights and computation, by default the stored
+    one; integers stay integers. With a `mesh` the weights lie on it by `table`. `changes` are further arguments of the family: `remat="full"`.
+    Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
     folder = fetch(source)
     said = read_config(folder)
-    family, config = understand(said, folder)
+    family, config = published.understand(said, folder)
     home = models.family(family)
-    config["head"] = _head_of(said, home) if head == "" else head
+    config["head"] = published.head_of(said, home) if head == "" else head
     files = open_tensors(folder)
     if hasattr(home, "settle"):  # what the files say and the config does not
         config |= home.settle(config, files)
@@ -124,83 +99,6 @@ def _read_json(path: str, *keys: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not found.keys() >= set(keys):
         raise ValueError(f"{path!r} is not an object{' with ' + ', '.join(map(repr, keys)) if keys else ''}")
     return found
-
-
-def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any]]:
-    """(family, arguments of its `build`) of a config. Raises ValueError for a type, a field, or a value of one that we do not compute."""
-    kind = said.get("model_type")
-    if kind not in models.FAMILIES:
-        raise ValueError(f"{folder!r} has model_type {kind!r}; {trees.did_you_mean(str(kind), models.FAMILIES, 'the families are')}")
-    home = models.family(kind)
-    renamed = getattr(home, "RENAMED", {})
-    said = {renamed.get(field, field): value for field, value in _modern_rope(said).items()}
-    parts = {part: models.part_fields(build) for part, build in getattr(home, "PARTS", {}).items()}
-    for part, known in parts.items():
-        older = said.pop(f"{part}_dict", None)  # of CLIP's first configs: what it says holds, and what it does not say has its default
-        said[part] = {**(said.get(part) or {}), **({**known, **older} if older else {})}
-    config = _known(said, [name for name in inspect.signature(home.build).parameters if name not in OURS], kind, folder)
-    for part, known in parts.items():
-        config[part] = _known(said[part], list(known), kind, folder, f"{part}.")
-    if config.get("rope_scaling"):
-        config["rope_scaling"] = _trained_length(config["rope_scaling"], {**models.fields(home.build), **config})
-    labels = len(said.get("id2label") or ()) or said.get("num_labels")
-    if labels and "num_labels" in inspect.signature(home.build).parameters:
-        config["num_labels"] = labels
-    return kind, config
-
-
-def _known(said: Mapping[str, Any], known: list[str], kind: str, folder: str, path: str = "") -> dict[str, Any]:
-    """The fields of a config, or of that at `path` inside of it, that are arguments. Raises ValueError for what we do not compute."""
-    home = models.family(kind)
-    for field, value in said.items():
-        name = path + field
-        harmless = field in HARMLESS or any(re.fullmatch(pattern, name) for pattern in home.IGNORED)
-        fixed = home.FIXED if harmless else {**{path + f: v for f, v in FIXED.items()}, **home.FIXED}
-        if name in fixed and value not in (fixed[name], None):
-            raise ValueError(f"{folder!r} says {name} = {value!r}, and {kind} is supported with {fixed[name]!r} only")
-        if field not in known and name not in fixed and not harmless:
-            raise ValueError(
-                f"{folder!r} has the field {name!r} ({value!r}), which {kind} does not support; {trees.did_you_mean(field, known)}"
-            )
-    return {field: value for field, value in said.items() if field in known}
-
-
-def _trained_length(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The scaling with the length that it starts from: where a config does not say it, its own longest; in the dynamic kind in any case."""
-    longest = {"original_max_position_embeddings": config.get("max_position_embeddings")}
-    dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
-    return {**longest, **scaling, **(longest if dynamic else {})}
-
-
-def _modern_rope(said: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`: here as the latter."""
-    said = dict(said)
-    rope = said.pop("rope_parameters", None)
-    if rope is not None:
-        if "full_attention" in rope:  # one for each kind of layer
-            local, rope = rope.get("sliding_attention", {}), rope["full_attention"]
-            if local.get("rope_type", "default") != "default":
-                raise ValueError(
-                    f"rope_parameters of sliding_attention have rope_type {local['rope_type']!r}; only 'default' is supported there"
-                )
-            said |= {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
-        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        said |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        said["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return said
-
-
-def _head_of(said: Mapping[str, Any], home: Any) -> str | None:
-    """The head of the architecture that the config names; the family's own default where it names none."""
-    heads = {architecture: head for head, (architecture, _) in reversed(home.HEADS.items())}
-    wrote = (said.get("architectures") or [None])[0]
-    if wrote is None:
-        return inspect.signature(home.build).parameters["head"].default
-    if wrote not in heads:
-        raise ValueError(
-            f"architecture {wrote!r} is not known; {trees.did_you_mean(wrote, heads, 'there are')}; or name one: load(..., head=)"
-        )
-    return heads[wrote]
 
 
 KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
@@ -437,7 +335,7 @@ def _written(stored: Any, dtype: Any) -> np.dtype:
 def _config(model: Model, dtype: Any) -> dict[str, Any]:
     """The config.json: that which was loaded, or the family's fields, with the architecture of the head."""
     home = models.family(model.family)
-    fields = {key: value for key, value in model.config.items() if key not in OURS}
+    fields = {key: value for key, value in model.config.items() if key not in published.OURS}
     for ours in getattr(home, "OURS", ()):
         if fields.pop(ours, None):
             raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")

@@ -14,7 +14,8 @@ from families import load_tensors
 from safetensors.numpy import load_file, save_file
 
 import bigflax
-from bigflax import data, hub, models, weights
+from bigflax import data, models, weights
+from bigflax.models import published
 from bigflax.sharding import make_mesh
 
 TINY = {"gpt2": dict(vocab_size=40, n_embd=32), "llama": dict(vocab_size=40, hidden_size=32), "bert": dict(vocab_size=40, hidden_size=32)}
@@ -180,7 +181,7 @@ REFUSED = {  # family -> a field, and a value of it that is another function
 @pytest.mark.parametrize("family, field, value", [(family, *row) for family, rows in REFUSED.items() for row in rows], ids=str)
 def test_values_that_a_family_does_not_compute(family, field, value):
     with pytest.raises(ValueError, match=f"says {field} = .*, and {family} is supported with .* only"):
-        hub.understand({"model_type": family, field: value}, "folder")
+        published.understand({"model_type": family, field: value}, "folder")
 
 
 def test_broken_index(tmp_path):
