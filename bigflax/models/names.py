@@ -159,7 +159,7 @@ def _copy(out: np.ndarray, part: np.ndarray) -> None:
     if part.strides[-1:] in ((), (part.itemsize,)):
         out[...] = part
         return
-    width = 64 // out.itemsize
+    width, part = 64 // out.itemsize, part.astype(out.dtype, copy=False)  # cast as it lies, which is half of the work at once
     for j in range(0, out.shape[-1], width):
         out[..., j : j + width] = part[..., j : j + width]
 

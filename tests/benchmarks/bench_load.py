@@ -25,13 +25,15 @@ from report import spread, table
 OURS = r"""
 import json, re, sys, time
 import jax, jax.numpy as jnp, numpy as np
+import safetensors
 import bigflax
 from bigflax import hub
+from bigflax.models.families import llama
 jax.block_until_ready(jnp.zeros(1))
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 before, began = peak(), time.perf_counter()
 model, params = bigflax.load(sys.argv[1], dtype=sys.argv[2])
-total = sum(float(np.asarray(w).sum()) for w in jax.tree.leaves(params))
+total = sum(int(np.asarray(w).view(f"u{w.dtype.itemsize}").max()) for w in jax.tree.leaves(params))
 """
 THEIRS = r"""
 import json, re, sys, time
