@@ -19,6 +19,7 @@ import functools
 import json
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -267,10 +268,19 @@ def target_like(state: Any) -> Any:
 
 @functools.cache
 def _orbax() -> Any:
-    """The library, loaded when first needed (half a second), its log records dropped: every failure is raised in our words."""
+    """The library, loaded when first needed (half a second), what it says on the side dropped: every failure is raised in our words."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        """Where one read fails, those that are given up with it raise again as they are thrown away, after our sentence was printed."""
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
     return ocp
 
 

@@ -264,6 +264,32 @@ def test_kill_at_twenty_moments(tmp_path):
         start = check_survivors(tmp_path, begun)
 
 
+GIVEN_UP = """
+import asyncio, sys
+from bigflax import checkpoint
+checkpoint._orbax()
+read = '''
+async def read():
+    try:
+        await asyncio.get_running_loop().create_future()
+    except BaseException:
+        raise Exception("read given up")
+'''
+exec(compile(read, sys.argv[1], "exec"))
+async def main():
+    waiting = read()
+    asyncio.get_running_loop().call_soon(waiting.send, None)
+    await asyncio.sleep(0.01)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("file, said", [("site-packages/orbax/serialization.py", False), ("mine.py", True)])
+def test_reads_that_are_given_up_say_nothing_more(file, said):
+    done = subprocess.run([sys.executable, "-c", GIVEN_UP, file], capture_output=True, text=True, check=True)
+    assert ("read given up" in done.stderr) == said, done.stderr
+
+
 def test_what_is_half_there_is_named_and_not_loaded(two_steps, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(two_steps, folder)
