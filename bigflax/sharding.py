@@ -18,10 +18,11 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bigflax import trees
@@ -41,13 +42,23 @@ TABLE: Table = {
     "experts": "expert",
 }
 
-_tracing: contextvars.ContextVar[tuple[Mesh, Table] | None] = contextvars.ContextVar("bigflax_mesh", default=None)
+
+class Layout(NamedTuple):
+    """What a function traced inside of a step may know of where it will run."""
+
+    mesh: Mesh
+    table: Table = TABLE
+
+
+_tracing: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("bigflax_layout", default=None)
 
 
 def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A mesh of the named axes in the order of MESH_AXES: `make_mesh(data=2, fsdp=-1)`; one size may be -1 and takes the rest.
 
-    Without sizes, all devices lie on `data`. Raises ValueError for an unknown axis, or sizes whose product is not the number of devices.
+    Without sizes, all devices lie on `data`. Neighbours on the inner axes are neighbours on the chips' network; devices of several slices lie
+    on `slice`, and on it alone. Raises ValueError for an unknown axis, sizes whose product is not the number of devices, or a `slice` that is
+    not the number of slices there are.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     for axis in sizes:
@@ -65,7 +76,15 @@ def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         raise ValueError(f"mesh {said} needs a multiple of {fixed} devices, but there are {len(devices)}" if wild else
                          f"mesh {said} needs {fixed} devices, but there are {len(devices)}; give one axis the size -1 to take what is there")  # fmt: skip
     auto = (AxisType.Auto,) * len(sizes)  # jax.make_mesh's own default is Explicit: say it
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    slices = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    if sizes.get("slice") != len(slices):
+        raise ValueError(f"the devices lie in {len(slices)} slices, and the mesh says {said}; give it slice={len(slices)}")
+    inner = tuple(size for axis, size in sizes.items() if axis != "slice")
+    parts = [[device for device in devices if (device.slice_index or 0) == i] for i in slices]
+    grid = np.stack([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in parts])
+    return Mesh(grid, tuple(sizes), axis_types=auto)
 
 
 def axes_of(name: str | None, size: int, mesh: Mesh, table: Table = TABLE, used: Sequence[str] = ()) -> tuple[str, ...]:
@@ -150,23 +169,33 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     current = _tracing.get()
     if current is None or math.prod(current[0].shape.values()) == 1:
         return x
-    mesh, table = current
+    mesh, table, *_ = current
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, table)))
 
 
 @contextlib.contextmanager
 def tracing_on(mesh: Mesh | None, table: Table = TABLE):
-    """While a function is traced inside, `constrain` speaks of this mesh."""
-    token = _tracing.set(None if mesh is None else (mesh, table))
+    """While a function is traced inside, `constrain` speaks of this mesh, and `platform` of its devices."""
+    token = _tracing.set(None if mesh is None else Layout(mesh, table))
     try:
         yield
     finally:
         _tracing.reset(token)
 
 
-def current_layout() -> tuple[Mesh, Table] | None:
-    """The mesh and table of the enclosing `tracing_on`: part of what a program compiled inside depends on, so part of its cache key."""
+def current_layout() -> Layout | None:
+    """The layout of the enclosing `tracing_on`: part of what a program compiled inside depends on, so part of its cache key."""
     return _tracing.get()
+
+
+def platform() -> str:
+    """Where the function being traced will run, "cpu", "gpu" or "tpu": on the layout's devices, which may be those of a machine that is only
+    planned for; else on this process's own. Fast paths are chosen by it."""
+    layout = _tracing.get()
+    if layout is None:
+        return jax.default_backend()
+    name = layout.mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def start_hosts(*, coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300) -> None:

@@ -39,6 +39,30 @@ def test_mesh_mistakes(sizes, message):
         sharding.make_mesh(**sizes)
 
 
+class Chip:
+    """A device of a machine that is not here."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.coords, self.core_on_chip, self.slice_index = number, (number % 4 // 2, number % 2, 0), 0, slice_index
+
+
+def test_slices_lie_on_their_axis_alone():
+    chips = [Chip(i, i // 4) for i in (5, 0, 6, 1, 4, 2, 7, 3)]
+    mesh = sharding.make_mesh(devices=chips, slice=2, fsdp=-1)
+    assert dict(mesh.shape) == {"slice": 2, "fsdp": 4}
+    assert [{chip.slice_index for chip in row} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="lie in 2 slices, and the mesh says data=8; give it slice=2"):
+        sharding.make_mesh(devices=chips, data=8)
+
+
+def test_the_platform_is_that_of_the_layouts_devices():
+    assert sharding.platform() == "cpu"
+    with sharding.tracing_on(sharding.make_mesh(devices=[Chip(i, 0) for i in range(4)], fsdp=4)):
+        assert sharding.platform() == "tpu"
+
+
 SPECS = {
     "matrix": (("embed", "mlp"), (8, 16), P("fsdp", "tensor")),
     "stacked": (("layers", "embed", "heads", "head_dim"), (3, 8, 2, 4), P(None, "fsdp", "tensor")),

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigflax.sharding import platform
+
 IMPLEMENTATIONS = ("reference", "xla", "cudnn")
 BLOCKS = 4  # at T 256, 8 blocks are slower again: the products become too small to fill two cores
 ROWS = (64, 512)  # the fewest and the most queries a block
@@ -86,7 +88,7 @@ def attention(
 
 def _choose(implementation: str | None) -> str:
     """The implementation that runs. Raises ValueError for an unknown one, and for cuDNN away from a GPU."""
-    backend = jax.default_backend()
+    backend = platform()
     if implementation is None:
         return "cudnn" if backend == "gpu" else "xla"
     if implementation not in IMPLEMENTATIONS:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax.ops.matmul import einsum
-from bigflax.sharding import axes_of, constrain, current_layout
+from bigflax.sharding import axes_of, constrain, current_layout, platform
 from bigflax.weights import is_typed, shape
 
 IGNORE = -100
@@ -84,12 +84,12 @@ def _spread(B: int, V: int) -> tuple[int, int]:
     layout = current_layout()
     if layout is None:
         return 1, 1
-    parts = lambda name, size: math.prod(layout[0].shape[a] for a in axes_of(name, size, *layout))
+    parts = lambda name, size: math.prod(layout[0].shape[a] for a in axes_of(name, size, layout.mesh, layout.table))
     return parts("batch", B), parts("vocab", V)
 
 
 def _choose_chunk(tokens: int, V: int) -> int:
-    if jax.default_backend() == "cpu" and tokens * V <= NAIVE_LOGITS:
+    if platform() == "cpu" and tokens * V <= NAIVE_LOGITS:
         return tokens
     return min(max(CHUNK_LOGITS // V, CHUNK_TOKENS[0]), CHUNK_TOKENS[1])
 

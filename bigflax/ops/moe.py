@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax.ops.matmul import einsum
-from bigflax.sharding import axes_of, constrain, current_layout, spec
+from bigflax.sharding import axes_of, constrain, current_layout, platform, spec
 from bigflax.weights import LoRA, Weight, dense, parse_axes, part_axes, shape
 
 Product = Callable[[jax.Array, Weight], jax.Array]
@@ -55,7 +55,7 @@ def mixture(
     strings. A LoRA goes through its rank on both paths; a Quantized is multiplied as it is by the reference and made dense for the ragged one.
     """
     if implementation is None:
-        implementation = "reference" if jax.default_backend() == "cpu" else "ragged"
+        implementation = "reference" if platform() == "cpu" else "ragged"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"a mixture has no implementation {implementation!r}; take one of {', '.join(IMPLEMENTATIONS)}, or None to choose")
     function = _reference if implementation == "reference" else _ragged
@@ -91,7 +91,7 @@ def _ragged(expert, x_BTD, gates_BTC, chosen_BTC, params, axes):
     layout = current_layout()
     if layout is None or math.prod(layout[0].shape.values()) == 1:
         return _sorted(expert, x_BTD, gates_BTC, chosen_BTC, params, 0)
-    mesh, table = layout
+    mesh, table, *_ = layout
     rows = spec(("batch", "seq", None), x_BTD.shape, mesh, table)
     taken = [axis for part in rows if part is not None for axis in ((part,) if isinstance(part, str) else part)]
     sizes = {name: size for key, text in axes.items() for name, size in zip(parse_axes(text).names, shape(params[key]), strict=True)}
