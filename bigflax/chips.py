@@ -2,8 +2,10 @@
 
 Figures are per chip, dense (without 2:4 sparsity), as their vendors print them. Sources: Google Cloud's pages "TPU v4", "v5e", "v5p",
 "v6e", "TPU7x", and the scaling book (jax-ml.github.io/scaling-book); NVIDIA's data sheets for T4, L4, A100, H100, H200 and B200.
-What runs reach at best is less: 798 TFLOP/s and 3.0 TB/s were seen on an H100, 4.3 TB/s on an H200.
-Left out on purpose: prices, which change by region and month (plan.py takes them as an argument), and sparse peaks.
+What runs reach at best is less: 798 TFLOP/s and 3.0 TB/s were seen on an H100, 4.3 TB/s on an H200. Between slices each chip has its share
+of its host's network (scaling book, "TPU networking"; tpu7x: its product page). Prices are Google Cloud's list prices in the United States in
+2025, on demand, dollars a chip and hour: they change by region and month, so that whoever asks may say another.
+Left out on purpose: sparse peaks, and prices of what is sold by many at many prices (GPUs) or on request (TPU7x).
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 class Chip:
     """One chip: FLOP/s, bytes and bytes/s. A peak is None where the chip has no such units; int8 counts operations as FLOPs.
 
-    `links` links to other chips, of `link_bandwidth` bytes/s each way; `devices` is how many JAX devices one chip shows itself as.
+    `links` links to other chips, of `link_bandwidth` bytes/s each way; `dcn` bytes/s to chips of other slices; `price` dollars an hour;
+    `devices` is how many JAX devices one chip shows itself as.
     """
 
     name: str
@@ -36,24 +39,26 @@ class Chip:
     hbm_bandwidth: float
     links: int
     link_bandwidth: float
+    dcn: float = 0.0
+    price: float | None = None
     devices: int = 1
 
 
-def _chip(name, kinds, bf16, int8, fp8, hbm, bandwidth, links, each, devices=1) -> Chip:
+def _chip(name, kinds, bf16, int8, fp8, hbm, bandwidth, links, each, dcn=0.0, price=None, devices=1) -> Chip:
     peaks = [None if peak is None else peak * TERA for peak in (int8, fp8)]
     return Chip(name=name, kinds=kinds, bf16=bf16 * TERA, int8=peaks[0], fp8=peaks[1], hbm=hbm * GIB, hbm_bandwidth=bandwidth * TERA,
-                links=links, link_bandwidth=each * GIGA, devices=devices)  # fmt: skip
+                links=links, link_bandwidth=each * GIGA, dcn=dcn * GIGA, price=price, devices=devices)  # fmt: skip
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in [
-        #      name      device_kind                     bf16  int8   fp8  GiB  TB/s  links  GB/s each way
-        _chip("v4", r"TPU v4", 275, 275, None, 32, 1.2, 6, 45),
-        _chip("v5e", r"TPU v5 ?(lite|e)", 197, 394, None, 16, 0.82, 4, 45),
-        _chip("v5p", r"TPU v5p?", 459, 918, 459, 95, 2.77, 6, 90),
-        _chip("v6e", r"TPU v6 ?(lite|e)", 918, 1836, 918, 32, 1.64, 4, 90),
-        _chip("tpu7x", r"TPU ?v?7x?", 2307, None, 4614, 192, 7.4, 6, 100, devices=2),  # two cores, each a device of its own
+        #      name      device_kind                     bf16  int8   fp8  GiB  TB/s  links  GB/s each way  dcn GB/s  $/h
+        _chip("v4", r"TPU v4", 275, 275, None, 32, 1.2, 6, 45, 6.25, 3.22),
+        _chip("v5e", r"TPU v5 ?(lite|e)", 197, 394, None, 16, 0.82, 4, 45, 3.125, 1.20),
+        _chip("v5p", r"TPU v5p?", 459, 918, 459, 95, 2.77, 6, 90, 6.25, 4.20),
+        _chip("v6e", r"TPU v6 ?(lite|e)", 918, 1836, 918, 32, 1.64, 4, 90, 12.5, 2.70),
+        _chip("tpu7x", r"TPU ?v?7x?", 2307, None, 4614, 192, 7.4, 6, 100, 12.5, None, 2),  # two cores, each a device of its own
         _chip("t4", r".*\bT4", 65, 130, None, 16, 0.32, 0, 0),  # the 65 are float16: it has no bfloat16 units
         _chip("l4", r".*\bL4", 121, 242, 242, 24, 0.30, 0, 0),
         _chip("a100", r".*\bA100.*80GB.*", 312, 624, None, 80, 2.04, 12, 25),

@@ -29,7 +29,12 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_trips: int | None = No
 
     Raises ValueError for a while loop that holds products, unless `while_trips` says how often it turns.
     """
-    return _jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, while_trips)
+    return count_jaxpr(jax.make_jaxpr(fn)(*args), while_trips=while_trips)
+
+
+def count_jaxpr(closed: ClosedJaxpr, *, while_trips: int | None = None) -> int:
+    """FLOPs of what was traced already; errors as of `count_flops`."""
+    return _jaxpr(closed.jaxpr, while_trips)
 
 
 def _jaxpr(jaxpr: Jaxpr, trips: int | None) -> int:

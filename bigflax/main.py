@@ -2,6 +2,7 @@
 
     bigflax train [--config=quickstart] [--config.key=value ...]      train, or continue what the work folder holds
     bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
+    bigflax plan --topology=v5e:4x4 [--config=RECIPE]                 memory, time and money of a step on chips that are not here
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
     bigflax convert SOURCE FOLDER [--dtype=bfloat16]                  a Hugging Face folder or hub id, written anew
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
@@ -42,6 +43,16 @@ def parser() -> argparse.ArgumentParser:
     config = verbs.add_parser("config", help="look at recipes").add_subparsers(dest="action", required=True)
     show = config.add_parser("show", parents=[common], help="print the resolved recipe")
     show.add_argument("--diff", action="store_true", help="only what differs from the defaults")
+    plan = verbs.add_parser("plan", parents=[common], help="memory, time and money of a recipe's step on chips that are not here")
+    plan.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="what would be rented: v5e:4x4, v5p:4x4x4, v6e:16x16 ...")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape, joined by the data centre's network")
+    plan.add_argument("--fast", action="store_true", help="the estimate alone, without a compiler")
+    plan.add_argument("--search", action="store_true", help="rank meshes, remat policies and micro-batches, and compile the best few")
+    plan.add_argument("--best", type=int, default=3, metavar="N", help="how many of them --search compiles")
+    plan.add_argument("--price", type=float, metavar="DOLLARS", help="of a chip and hour, instead of the list price")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else")
+    plan.add_argument("--picture", metavar="FILE", help="write the split of memory and time as .svg or .png")
+    plan.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     generate = verbs.add_parser("generate", parents=[devices], help="continue a prompt with a trained model")
     generate.add_argument("--work", required=True, metavar="DIR", help="the work folder of a run")
     generate.add_argument("--prompt", required=True)
@@ -104,6 +115,13 @@ def config(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # with libtpu installed JAX would look for a TPU first
+    from bigflax import plans
+
+    return plans.run(args, overrides)
+
+
 def generate(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
     from bigflax import recipes, runs
@@ -143,7 +161,7 @@ def parity(args: argparse.Namespace, overrides: list[str]) -> int:
     return int(any(not row.relative <= args.tolerance or row.first is not None for row in rows))
 
 
-VERBS: dict[str, Any] = {"train": train, "config": config, "generate": generate, "convert": convert, "parity": parity}
+VERBS: dict[str, Any] = {"train": train, "config": config, "plan": plan, "generate": generate, "convert": convert, "parity": parity}
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -107,12 +107,16 @@ class Run:
     def model(self) -> models.nn.Model:
         return self._model()
 
-    def _model(self, **more: Any) -> models.nn.Model:
-        c = self.config.model
-        size, needed = c.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The model's: what the recipe says, or the tokenizer's. Set it to make a model without a tokenizer."""
+        size, needed = self.config.model.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size
         if size < needed:
             raise ValueError(f"model.vocab_size {size} is smaller than the tokenizer's {needed}")
-        return models.create(**{**_options(c), "size": None, "vocab_size": size, **more})
+        return size
+
+    def _model(self, **more: Any) -> models.nn.Model:
+        return models.create(**{**_options(self.config.model), "size": None, "vocab_size": self.vocab_size, **more})
 
     @functools.cached_property
     def tx(self):

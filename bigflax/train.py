@@ -165,6 +165,10 @@ def train_step(
         return new._replace(frozen=frozen), metrics
 
     call.compiled = compiled  # type: ignore[attr-defined]  # for whoever wants its text, cost or cache size
+    # For who plans with a step: traced as jit's own `trace` does, made anew for a state that lies elsewhere, and what it computes.
+    call.trace = lambda state, batch: compiled.trace(state._replace(frozen=None), state.frozen, batch)  # type: ignore[attr-defined]
+    call.on = lambda state: train_step(loss_fn, tx, state, accumulate=accumulate, seed=seed, table=table)  # type: ignore[attr-defined]
+    call.loss_fn = loss_fn  # type: ignore[attr-defined]
     return call
 
 

@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
-    "trees weights losses chips flops checksum stored yardsticks hlo",
+    "trees weights losses chips flops hlo topology checksum stored yardsticks",
     "ops sharding optim metrics writers curves",
     "nn data checkpoint peft compress",
-    "models hub parity train tasks generate explain export plan",
-    "main recipes runs",
+    "models hub parity train tasks generate explain export planner",
+    "main recipes runs plans",
 ]
 HOMES = {  # dependency -> where it may be imported
     "flax": ("bigflax/nn.py", "bigflax/models/"),

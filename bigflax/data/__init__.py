@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bigflax.data.loader import Loader, virtual_shards
-    from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches
+    from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
     from bigflax.data.pixels import NORMALIZED, channels_first
     from bigflax.data.quality import BadRecord, Quality
     from bigflax.data.sources import SOURCES, Source, open_source
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "loader": ("Loader", "virtual_shards"),
-    "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches"),
+    "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
     "pixels": ("NORMALIZED", "channels_first"),
     "quality": ("BadRecord", "Quality"),
     "sources": ("SOURCES", "Source", "open_source"),
@@ -26,7 +26,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "NORMALIZED", "SOURCES", "BadRecord", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text", "Tokenizer",
     "byte_tokenizer", "channels_first", "in_split", "load_tokenizer", "open_source", "record_batches", "sample_texts",
-    "text_batches", "train_bpe", "virtual_shards",
+    "text_batches", "text_shapes", "train_bpe", "virtual_shards",
 ]  # fmt: skip
 
 

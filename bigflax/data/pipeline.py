@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from bigflax.data.loader import Loader
@@ -282,6 +283,16 @@ def text_batches(
     identity = {**stream, "length": length, "objective": objective, "seed": seed, **options}
     # the packers of all shards work at the same step, once every `bins` steps: as many batches ahead even that out
     return _loader(make, batch_size, mesh, quality, repeat, identity, {"prefetch": bins if objective == "causal" else 2, **loader})
+
+
+def text_shapes(
+    *, length: int, batch_size: int, objective: str = "causal", token_type_ids: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of `text_batches`, known without a source or a tokenizer."""
+    more = (
+        ("segment_ids", "position_ids") if objective == "causal" else ("attention_mask", *(("token_type_ids",) if token_type_ids else ()))
+    )
+    return {name: jax.ShapeDtypeStruct((batch_size, length), np.int32) for name in ("input_ids", "labels", *more)}
 
 
 def record_batches(
