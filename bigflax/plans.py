@@ -126,11 +126,12 @@ def run(args: Any, overrides: list[str]) -> int:
     child = None if args.fast or args.search else Child(_argv(args, overrides), place)  # it starts while the estimate is made
     say = (lambda text: None) if args.json else print
     try:
-        found = estimated(config, place, price=args.price)
-        say(found.table())
         if args.search:
             found = search(config, place, args, overrides, say)
-        elif child is not None:
+        else:
+            found = estimated(config, place, price=args.price)
+            say(found.table())
+        if child is not None:
             found = _wait(child, quiet=args.json)
             say("\n" + found.table())
     finally:

@@ -162,7 +162,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return path, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return path, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+        return path, {"true": True, "false": False}.get(value.lower(), value)  # not "none", which names a remat policy: None
 
 
 def set_key(config: Config, path: str, value: Any) -> None:
