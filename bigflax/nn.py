@@ -423,6 +423,7 @@ class Moe(nn.Module):
     normalize: bool = True  # the chosen gates sum to one
     shared: Mlp | None = None
     implementation: str | None = None
+    capacity_factor: float = ops.moe.CAPACITY
     init: Initializer = NORMAL
     out_init: Initializer = NORMAL
 
@@ -435,8 +436,9 @@ class Moe(nn.Module):
         w = {name: weight(self, name, (E, D, F), text, self.init) for name, text in axes.items() if name != "down"}
         w["down"] = weight(self, "down", (E, F, D), axes["down"], self.out_init)
         expert = lambda x, w, product: product(act(product(x, w["gate"])) * product(x, w["up"]), w["down"])
-        y_BTD = ops.mixture(expert, x_BTD, gates_BTC, chosen_BTC, w, axes, implementation=self.implementation)
+        options = dict(implementation=self.implementation, capacity_factor=self.capacity_factor, real_BT=real_BT)
+        y_BTD, dropped = ops.mixture(expert, x_BTD, gates_BTC, chosen_BTC, w, axes, **options)
         if self.shared is not None:
             gate_BT1 = jax.nn.sigmoid(Linear(1, "embed -> _", bias=False, init=self.init, name="shared_gate")(x_BTD))
             y_BTD += gate_BT1 * self.shared(x_BTD)
-        return y_BTD, ops.router_sums(probs_BTE, chosen_BTC, real_BT)
+        return y_BTD, ops.router_sums(probs_BTE, chosen_BTC, real_BT, dropped)

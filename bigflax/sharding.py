@@ -32,9 +32,9 @@ MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 Table = Mapping[str, Any]
 TABLE: Table = {
-    "batch": ("slice", "data", "fsdp"),
+    "batch": ("slice", "data", "fsdp", "expert"),
     "seq": "context",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

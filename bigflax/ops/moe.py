@@ -5,35 +5,56 @@
 A softmax over the C largest logits alone (top-k first) is the normalized one: exp(l_e) / sum of the chosen exp(l). So there is one way.
 
     reference   every expert computes every token: E f-products a token, plain einsums, lies on any mesh
-    ragged      tokens sorted by expert, one `lax.ragged_dot` a weight, sorted back: C f-products a token, none dropped
+    ragged      rows sorted by expert, one grouped product a weight, sorted back: C f-products a token, none dropped
+    exchange    the same after each row has travelled to the device of its expert (`lax.ragged_all_to_all`): none dropped
+    capacity    so too, but by a plain all-to-all, each device with `capacity` rows for each expert; what is over is dropped, and counted
 
-On a mesh the ragged path runs below `shard_map`: each device sorts its own tokens, multiplies those that its own experts were chosen for by its own
-columns, and the sums go over the axes of `experts` and `mlp`. On a CPU `ragged_dot` is itself a dense product over E copies of the rows, C times
-the reference's work; there the reference is what runs by default.
+All but the reference run below `shard_map`. Tokens lie over the axis of `experts` as over any data axis; in a group of n devices along it each holds
+E / n experts, their width gathered once a pass (FSDP), their columns over the axis of `mlp`, over which the outputs are summed. There `ragged`
+collects the tokens of the whole group and scatters the sums: (n - 1) M D numbers a device each way, forward and backward, with M its tokens. The
+other two send (n - 1) / n C M D (capacity: times its factor). So the default is the reference on a CPU, where a grouped product is itself a dense one
+over E copies of the rows; else ragged where n <= C, and exchange beyond. Neither drops. Where the number of experts does not divide over their
+axis, it carries their width like one more axis of FSDP, and no token travels; where the batch does not, each device takes of all tokens what is its own.
+
+Nothing dropped means room for the worst case, n M min(C, E / n) rows of D, and F, on a device, though only those that came are multiplied.
+`capacity` holds factor C M rows.
 
 The load-balance loss of Switch Transformers (Fedus et al. 2021, arXiv 2101.03961, equations 4-6), over all layers at once as transformers has it:
-E sum_e (choices of e / tokens) (mean p_e). It is C where all experts are chosen alike, and grows to E C where C experts take all.
+E sum_e (choices of e / tokens) (mean p_e). It is C where all experts are chosen alike, and grows to E C where C experts take all. Capacity is theirs
+too (section 2.2), and GShard's (Lepikhin et al. 2020, 2006.16668), where likelier choices go first; grouped products that drop none: MegaBlocks
+(Gale et al. 2022, 2211.15841).
 
-Left out on purpose: dispatch by capacity and all-to-all, where each token travels to the device of its expert: an issue of its own.
+Left out on purpose: rows sent once to a device on which several experts chose them; what ragged sends is already less where that would count.
 
-Shapes: B batch, T time, D width, F an expert's width, E experts, C choices a token, M = B T tokens, R = M C rows.
+Shapes: B batch, T time, D width, F an expert's width, E experts, C choices a token, M tokens, R = C M rows, S places for rows, n devices a group.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from bigflax.ops.matmul import einsum
-from bigflax.sharding import axes_of, constrain, current_layout, platform, spec
-from bigflax.weights import LoRA, Weight, dense, parse_axes, part_axes, shape
+from bigflax.sharding import Table, axes_of, constrain, current_layout, platform, spec
+from bigflax.weights import LoRA, Quantized, Weight, dense, parse_axes, part_axes, shape
 
 Product = Callable[[jax.Array, Weight], jax.Array]
 Params = Mapping[str, Weight]
-IMPLEMENTATIONS = ("reference", "ragged")
+IMPLEMENTATIONS = ("reference", "ragged", "exchange", "capacity")
+CAPACITY = 1.25
+TILE = 512  # rows of a tile of the grouped product: a buffer of rows is a multiple of it
+
+
+class Group(NamedTuple):
+    """The devices that share the experts among them: along `axes`, over which tokens lie too (`dealt`) or are whole."""
+
+    axes: tuple[str, ...] = ()
+    dealt: bool = False
 
 
 def route(logits_BTE: jax.Array, choices: int, *, normalize: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -47,27 +68,40 @@ def route(logits_BTE: jax.Array, choices: int, *, normalize: bool) -> tuple[jax.
 
 def mixture(
     expert: Callable[[jax.Array, Params, Product], jax.Array], x_BTD: jax.Array, gates_BTC: jax.Array, chosen_BTC: jax.Array, params: Params,
-    axes: Mapping[str, str], *, implementation: str | None = None,
-) -> jax.Array:  # fmt: skip
-    """sum_c gates[..., c] f_{chosen[..., c]}(x), [B, T, D] in x's dtype, where f_e(x) is `expert(x, params, product)`.
+    axes: Mapping[str, str], *, implementation: str | None = None, capacity_factor: float = CAPACITY, real_BT: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """(sum_c gates[..., c] f_{chosen[..., c]}(x), [B, T, D] in x's dtype, where f_e(x) is `expert(x, params, product)`; choices dropped, int32 []).
 
     `product(x, w)` multiplies each row by its own expert's matrix of w [E, in, out], which may be typed; `axes` are those weights' axis
-    strings. A LoRA goes through its rank on both paths; a Quantized is multiplied as it is by the reference and made dense for the ragged one.
+    strings. A LoRA goes through its rank everywhere; a Quantized is multiplied as it is by the reference and under capacity, and made dense for
+    grouped products. With "capacity" an expert takes `capacity_factor` C M / E rows of a device's M tokens; tokens that are not `real_BT` take no
+    room there, and what they choose adds nothing. The other ways drop nothing, and say None.
     """
     if implementation is None:
-        implementation = "reference" if platform() == "cpu" else "ragged"
+        implementation = _choose(x_BTD, chosen_BTC, params, axes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"a mixture has no implementation {implementation!r}; take one of {', '.join(IMPLEMENTATIONS)}, or None to choose")
-    function = _reference if implementation == "reference" else _ragged
-    return function(expert, x_BTD, gates_BTC.astype(x_BTD.dtype), chosen_BTC, params, axes)
+    gates_BTC = gates_BTC.astype(x_BTD.dtype)
+    if implementation == "reference":
+        return _reference(expert, x_BTD, gates_BTC, chosen_BTC, params), None
+    if implementation != "capacity":
+        local = functools.partial(_ragged if implementation == "ragged" else _exchange, expert)
+        return _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes)[0], None
+    if real_BT is not None:
+        chosen_BTC = jnp.where(real_BT[..., None], chosen_BTC, shape(next(iter(params.values())))[0])
+    return _on_mesh(functools.partial(_capacity, expert, capacity_factor), x_BTD, gates_BTC, chosen_BTC, params, axes)
 
 
-def router_sums(probs_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array | None) -> dict[str, jax.Array]:
-    """What one layer adds to the load-balance loss: how often each expert was chosen [E], its probabilities' sum [E], how many tokens []."""
+def router_sums(
+    probs_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array | None, dropped: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """What one layer adds to the load-balance loss: how often each expert was chosen [E], its probabilities' sum [E], how many tokens [];
+    and how many choices were "dropped" [], where they are counted."""
     E = probs_BTE.shape[-1]
     real_BT1 = jnp.ones((*probs_BTE.shape[:2], 1)) if real_BT is None else real_BT[..., None].astype(jnp.float32)
     times_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, E), axis=2)
-    return {"chosen": jnp.sum(times_BTE * real_BT1, (0, 1)), "probs": jnp.sum(probs_BTE * real_BT1, (0, 1)), "tokens": jnp.sum(real_BT1)}
+    sums = {"chosen": jnp.sum(times_BTE * real_BT1, (0, 1)), "probs": jnp.sum(probs_BTE * real_BT1, (0, 1)), "tokens": jnp.sum(real_BT1)}
+    return sums if dropped is None else {**sums, "dropped": dropped}
 
 
 def load_balance(sums: Mapping[str, jax.Array]) -> jax.Array:
@@ -76,7 +110,7 @@ def load_balance(sums: Mapping[str, jax.Array]) -> jax.Array:
     return sums["probs"].shape[-1] * jnp.sum(jnp.sum(sums["chosen"], 0) / tokens * (jnp.sum(sums["probs"], 0) / tokens))
 
 
-def _reference(expert, x_BTD, gates_BTC, chosen_BTC, params, axes):
+def _reference(expert, x_BTD, gates_BTC, chosen_BTC, params):
     def product(x, w):
         y_EBTF = einsum("btd,edf->ebtf" if x.ndim == 3 else "ebtd,edf->ebtf", x, w)
         return constrain(y_EBTF, "experts", "batch", "seq", None)
@@ -86,52 +120,266 @@ def _reference(expert, x_BTD, gates_BTC, chosen_BTC, params, axes):
     return jnp.einsum("ebtd,bte->btd", y_EBTD, share_BTE)
 
 
-def _ragged(expert, x_BTD, gates_BTC, chosen_BTC, params, axes):
-    params = {name: _arrays(w, x_BTD.dtype) for name, w in params.items()}
-    layout = current_layout()
-    if layout is None or math.prod(layout[0].shape.values()) == 1:
-        return _sorted(expert, x_BTD, gates_BTC, chosen_BTC, params, 0)
-    mesh, table, *_ = layout
+# -- on a mesh -------------------------------------------------------------------------------------------------------------
+
+
+def _group(x_BTD: jax.Array, params: Params, axes: Mapping[str, str], mesh: Any, table: Table) -> tuple[Group, Table, PartitionSpec]:
+    """Who shares the experts, the mesh axes that each device's part of the weights keeps, and how the tokens lie."""
     rows = spec(("batch", "seq", None), x_BTD.shape, mesh, table)
-    taken = [axis for part in rows if part is not None for axis in ((part,) if isinstance(part, str) else part)]
+    taken = {axis for lies in rows for axis in _each(lies)}
     sizes = {name: size for key, text in axes.items() for name, size in zip(parse_axes(text).names, shape(params[key]), strict=True)}
-    # Whole in their width, as FSDP gathers any weight; by experts and columns where no token lies by the same axis.
-    inner = {name: axes_of(name, sizes[name], mesh, table, taken) for name in ("experts", "mlp")}
-    of_part = lambda part, text: spec(parse_axes(text).names, part.shape, mesh, inner)
-    where = {name: jax.tree.map(of_part, w, part_axes(w, axes[name])) for name, w in params.items()}
-
-    def local(x_BTD, gates_BTC, chosen_BTC, params):
-        first = jax.lax.axis_index(inner["experts"]) * shape(next(iter(params.values())))[0] if inner["experts"] else 0
-        # Said aloud, for a gather whose indices vary over an axis where its operand does not loses the sum over it on the way back.
-        x_BTD = jax.lax.pcast(x_BTD, inner["experts"], to="varying") if inner["experts"] else x_BTD
-        return jax.lax.psum(_sorted(expert, x_BTD, gates_BTC, chosen_BTC, params, first), (*inner["experts"], *inner["mlp"]))
-
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, where), out_specs=rows)
-    return spread(x_BTD, gates_BTC, chosen_BTC, params)
+    experts = axes_of("experts", sizes["experts"], mesh, table)
+    columns = axes_of("mlp", sizes["mlp"], mesh, table, (*taken, *experts))
+    if 0 < len(taken & {*experts}) < len(experts):
+        experts = tuple(axis for axis in experts if axis not in taken)
+    return Group(experts, bool(taken & {*experts})), {"experts": experts, "mlp": columns}, rows
 
 
-def _sorted(expert, x_BTD, gates_BTC, chosen_BTC, params, first):
-    """What the experts from number `first` on, those whose weights are in `params`, add to each token."""
-    E, C = shape(next(iter(params.values())))[0], chosen_BTC.shape[-1]
-    mine_R = chosen_BTC.reshape(-1) - first
-    mine_R = jnp.where((mine_R >= 0) & (mine_R < E), mine_R, E)  # E: another device's, sorted behind all of ours
-    order_R = jnp.argsort(mine_R, stable=True)
-    sizes_E = jnp.sum(mine_R[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
-    ours_R1 = (jnp.arange(mine_R.size) < jnp.sum(sizes_E))[:, None]
-
-    def product(x_RD, w):
-        if isinstance(w, LoRA):
-            return product(x_RD, w.base) + product(product(x_RD, w.a), w.b) * w.scale
-        # Rows of no group are whatever the backend leaves there, forward and backward.
-        return jnp.where(ours_R1, jax.lax.ragged_dot(jnp.where(ours_R1, x_RD, 0), w.astype(x_RD.dtype), sizes_E), 0)
-
-    y_RD = expert(x_BTD.reshape(-1, x_BTD.shape[-1])[order_R // C], params, product)
-    y_BTCD = y_RD[jnp.argsort(order_R)].reshape(*chosen_BTC.shape, -1)
-    return jnp.einsum("btcd,btc->btd", y_BTCD, gates_BTC)
+def _choose(x_BTD, chosen_BTC, params, axes) -> str:
+    layout = current_layout()
+    if platform() == "cpu":
+        return "reference"
+    if layout is None:
+        return "ragged"
+    group = _group(x_BTD, params, axes, layout.mesh, layout.table)[0]
+    n = math.prod(layout.mesh.shape[axis] for axis in group.axes)
+    return "exchange" if group.dealt and n > chosen_BTC.shape[-1] else "ragged"
 
 
-def _arrays(w: Weight, dtype: Any) -> Any:
-    """The weight without integers in it: an array, or a LoRA over one."""
+def _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes):
+    """`local(x_MD, gates_CM, chosen_CM, params, group)` on each device's tokens and its part of the weights."""
+
+    def flat(x_BTD, gates_BTC, chosen_BTC, params, group):
+        of = lambda x_BTC: x_BTC.reshape(-1, x_BTC.shape[-1])
+        y_MD, dropped = local(of(x_BTD), of(gates_BTC).T, of(chosen_BTC).T, params, group)
+        return y_MD.reshape(x_BTD.shape), dropped
+
+    params = {name: _narrow(w, x_BTD.dtype) for name, w in params.items()}
+    layout = current_layout()
+    if layout is None or math.prod(layout.mesh.shape.values()) == 1:
+        return flat(x_BTD, gates_BTC, chosen_BTC, params, Group())
+    mesh, table, *_ = layout
+    group, kept, rows = _group(x_BTD, params, axes, mesh, table)
+    of_part = lambda table: lambda part, text: spec(parse_axes(text).names, part.shape, mesh, table)
+    lie = lambda table: {name: jax.tree.map(of_part(table), w, part_axes(w, axes[name])) for name, w in params.items()}
+    stored, inner = lie(table), lie(kept)
+    summed = (*(() if group.dealt else group.axes), *kept["mlp"])
+    tokens = tuple(axis for lies in rows for axis in _each(lies))
+
+    def device(x_BTD, gates_BTC, chosen_BTC, params):
+        params = jax.tree.map(_gather, params, stored, inner)
+        y_BTD, dropped = flat(x_BTD, gates_BTC, chosen_BTC, params, group)
+        return y_BTD[None], jax.lax.psum(dropped, tokens) if tokens else dropped
+
+    # Without the check of what varies over which axis, which Pallas kernels cannot pass. Sums over the columns are taken outside: inside, they
+    # would be taken again on the way back.
+    spread = jax.shard_map(
+        device, mesh=mesh, in_specs=(rows, rows, rows, stored), out_specs=(PartitionSpec(summed or None, *rows), PartitionSpec()), check_vma=False
+    )
+    y_SBTD, dropped = spread(x_BTD, gates_BTC, chosen_BTC, params)
+    return jax.lax.reduce_sum(y_SBTD, axes=(0,)), dropped
+
+
+def _each(lies: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if lies is None else (lies,) if isinstance(lies, str) else tuple(lies)
+
+
+def _gather(part: jax.Array, stored: PartitionSpec, inner: PartitionSpec) -> jax.Array:
+    """A part of a weight as it lies, made whole but for the axes of `inner`; its gradient is scattered the same way."""
+    for i, lies in enumerate(stored):
+        kept = inner[i] if i < len(inner) else None
+        over = tuple(axis for axis in _each(lies) if axis not in _each(kept))
+        part = jax.lax.all_gather(part, over, axis=i, tiled=True) if over else part
+    return part
+
+
+def _narrow(w: Weight, dtype: Any) -> Weight:
+    """Floats in the dtype of the product before they are gathered; integers as they are, unless their scales are shared by groups of inputs, which
+    a shard of columns may cut."""
     if isinstance(w, LoRA):
-        return dataclasses.replace(w, base=_arrays(w.base, dtype))
+        return dataclasses.replace(w, base=_narrow(w.base, dtype), a=w.a.astype(dtype), b=w.b.astype(dtype))
+    if isinstance(w, Quantized) and all(part in (1, whole) for part, whole in zip(w.scale.shape, w.qvalue.shape, strict=True)):
+        return w
     return dense(w).astype(dtype)
+
+
+# -- rows and their places -------------------------------------------------------------------------------------------------
+# row_S says which row, c M + m for the choice c of token m, lies in a place, R where none does; place_R where a row lies, S where nowhere.
+
+
+def _sort(expert_R: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rows in the order of their experts, the place of each row in that order, how many rows each of the experts 0 to E - 1 has)."""
+    order_R = jnp.argsort(expert_R, stable=True)
+    return order_R, jnp.argsort(order_R), jnp.sum(expert_R[:, None] == jnp.arange(E), 0, dtype=jnp.int32)
+
+
+@jax.custom_vjp
+def _spread(x_MD: jax.Array, row_S: jax.Array, place_CM: jax.Array) -> jax.Array:
+    """The token of each place's row, zeros where there is none. A gather both ways, where the gradient of one would be a scatter."""
+    M = x_MD.shape[0]
+    return x_MD.at[jnp.where(row_S < place_CM.size, row_S % M, M)].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _collect(y_SD: jax.Array, row_S: jax.Array, place_CM: jax.Array) -> jax.Array:
+    """What lies in the place of each row, [C, M, D], zeros where it has none."""
+    return y_SD.at[place_CM].get(mode="fill", fill_value=0)
+
+
+def _spread_back(index, g_SD):
+    return jnp.sum(_collect(g_SD, *index), 0), None, None
+
+
+def _collect_back(index, g_CMD):
+    row_S, _ = index
+    return g_CMD.reshape(-1, g_CMD.shape[-1]).at[row_S].get(mode="fill", fill_value=0), None, None
+
+
+_spread.defvjp(lambda x_MD, *index: (_spread(x_MD, *index), index), _spread_back)
+_collect.defvjp(lambda y_SD, *index: (_collect(y_SD, *index), index), _collect_back)
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // TILE) * TILE if rows > TILE else -(-rows // 16) * 16
+
+
+# -- the ways --------------------------------------------------------------------------------------------------------------
+
+
+def _ragged(expert, x_MD, gates_CM, chosen_CM, params, group):
+    """What the experts of this device add to each token of the group."""
+    E, whole = shape(next(iter(params.values())))[0], x_MD
+    if group.dealt:
+        whole = jax.lax.all_gather(x_MD, group.axes, tiled=True)
+        gates_CM, chosen_CM = (jax.lax.all_gather(x, group.axes, axis=1, tiled=True) for x in (gates_CM, chosen_CM))
+    first = jax.lax.axis_index(group.axes) * E if group.axes else 0
+    mine_R = chosen_CM.reshape(-1) - first
+    mine_R = jnp.where((mine_R >= 0) & (mine_R < E), mine_R, E)  # E: another device's, sorted behind all of ours
+    order_R, place_R, sizes_E = _sort(mine_R, E)
+    S = _round_up(min(mine_R.size, whole.shape[0] * E))
+    ours = jnp.sum(sizes_E)
+    row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, S), mine_R.size)
+    place_CM = jnp.where(place_R < ours, place_R, S).reshape(chosen_CM.shape)
+    y_SD = expert(_spread(whole, row_S, place_CM), params, functools.partial(_grouped, sizes_E))
+    y_MD = jnp.einsum("cmd,cm->md", _collect(y_SD, row_S, place_CM), gates_CM)
+    return jax.lax.psum_scatter(y_MD, group.axes, tiled=True) if group.dealt else y_MD, jnp.int32(0)
+
+
+def _exchange(expert, x_MD, gates_CM, chosen_CM, params, group):
+    """Each row to the device of its expert and back. What arrives lies there by expert, then by sender: no second sort."""
+    if not group.dealt:
+        return _ragged(expert, x_MD, gates_CM, chosen_CM, params, group)
+    me, n, mine = jax.lax.axis_index(group.axes), jax.lax.axis_size(group.axes), shape(next(iter(params.values())))[0]
+    (C, M), E = chosen_CM.shape, n * mine
+    order_R, place_R, sizes_E = _sort(chosen_CM.reshape(-1), E)
+    sizes_nE = jax.lax.all_gather(sizes_E, group.axes)
+    start_nE = jnp.cumsum(sizes_nE, 1) - sizes_nE  # of an expert's rows on their sender
+    total_ne = jnp.sum(sizes_nE, 0).reshape(n, mine)
+    there_nE = (jnp.cumsum(total_ne, 1) - total_ne).reshape(E) + jnp.cumsum(sizes_nE, 0) - sizes_nE  # and on their expert's device
+    here = lambda x_nE: jax.lax.dynamic_slice_in_dim(x_nE, me * mine, mine, 1).reshape(-1)
+    out = (start_nE[me], sizes_E, there_nE[me], here(sizes_nE))
+    back = (here(there_nE), here(sizes_nE), here(start_nE), sizes_E)
+    S, place_CM = _round_up(n * M * min(C, mine)), place_R.reshape(C, M)
+    x_SD = _carry(_spread(x_MD, order_R, place_CM), out, back, (S, group.axes))
+    y_SD = expert(x_SD, params, functools.partial(_grouped, total_ne[me]))
+    y_CMD = _collect(_carry(y_SD, back, out, (C * M, group.axes)), order_R, place_CM)
+    return jnp.einsum("cmd,cm->md", y_CMD, gates_CM), jnp.int32(0)
+
+
+def _capacity(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
+    """As many places for each expert on each device; a row that finds none is dropped, likelier choices and earlier tokens first to have one."""
+    mine, (C, M) = shape(next(iter(params.values())))[0], chosen_CM.shape
+    E = mine * (jax.lax.axis_size(group.axes) if group.axes else 1)
+    K = min(M, math.ceil(factor * C * M / E))
+    expert_R = chosen_CM.reshape(-1)
+    order_R, place_R, sizes_E = _sort(expert_R, E)
+    start_E, free_K = jnp.cumsum(sizes_E) - sizes_E, jnp.arange(K)
+    row_EK = jnp.where(free_K < sizes_E[:, None], order_R.at[start_E[:, None] + free_K].get(mode="clip"), C * M)
+    turn_R = place_R - start_E.at[expert_R].get(mode="clip")
+    place_CM = jnp.where((expert_R < E) & (turn_R < K), expert_R * K + turn_R, E * K).reshape(C, M)
+    x_EKD = _spread(x_MD, row_EK.reshape(-1), place_CM).reshape(E, K, -1)
+    if group.dealt:
+        x_EKD = jax.lax.all_to_all(x_EKD, group.axes, 0, 1, tiled=True)  # [E / n, n K, D]
+    elif group.axes:
+        x_EKD = jax.lax.dynamic_slice_in_dim(x_EKD, jax.lax.axis_index(group.axes) * mine, mine)
+    y_EKD = expert(x_EKD, params, lambda x, w: einsum("ekd,edf->ekf", x, w))
+    if group.dealt:
+        y_EKD = jax.lax.all_to_all(y_EKD, group.axes, 1, 0, tiled=True)
+    elif group.axes:
+        y_EKD = jax.lax.dynamic_update_slice_in_dim(
+            jnp.zeros((E, *y_EKD.shape[1:]), y_EKD.dtype), y_EKD, jax.lax.axis_index(group.axes) * mine, 0
+        )
+    y_CMD = _collect(y_EKD.reshape(E * K, -1), row_EK.reshape(-1), place_CM)
+    return jnp.einsum("cmd,cm->md", y_CMD, gates_CM), jnp.sum(jnp.maximum(sizes_E - K, 0))
+
+
+# -- what the platforms differ in ------------------------------------------------------------------------------------------
+
+
+def _grouped(sizes_E: jax.Array, x_SD: jax.Array, w: Weight) -> jax.Array:
+    """Each row times its expert's matrix, rows sorted by expert. Those behind the last are whatever the backend leaves there, forward and backward."""
+    if isinstance(w, LoRA):
+        return _grouped(sizes_E, x_SD, w.base) + _grouped(sizes_E, _grouped(sizes_E, x_SD, w.a), w.b) * w.scale
+    w = dense(w).astype(x_SD.dtype)
+    if platform() == "tpu":
+        return _gmm(x_SD, w, sizes_E)
+    ours_S1 = (jnp.arange(x_SD.shape[0]) < jnp.sum(sizes_E))[:, None]
+    return jnp.where(ours_S1, jax.lax.ragged_dot(jnp.where(ours_S1, x_SD, 0), w, sizes_E), 0)
+
+
+@jax.custom_vjp
+def _gmm(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The grouped product as a Pallas kernel that visits only tiles with rows: the weight gradient of `lax.ragged_dot` is dense on a TPU."""
+    return _megablox().gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
+
+
+def _gmm_back(saved, g_SF):
+    x_SD, w_EDF, sizes_E = saved
+    kernels, options = _megablox(), dict(interpret=platform() != "tpu")
+    dx_SD = kernels.gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, **options)
+    return dx_SD, kernels.tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, **options), None
+
+
+_gmm.defvjp(lambda *given: (_gmm(*given), given), _gmm_back)
+
+
+def _megablox():
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second
+
+    return gmm
+
+
+def _tiles(S: int, D: int, F: int) -> tuple[int, int, int]:
+    return min(S, TILE), min(D, 1024), min(F, 1024)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _carry(x_RD: jax.Array, out: tuple, back: tuple, where: tuple) -> jax.Array:
+    """`lax.ragged_all_to_all` of rows into `where[0]` places along the axes `where[1]`; `out` are its offsets and sizes, `back` those of the way back."""
+    places, axes = where
+    empty = jnp.zeros((places, x_RD.shape[1]), x_RD.dtype)
+    move = jax.lax.ragged_all_to_all if platform() != "cpu" else _ragged_all_to_all
+    return move(x_RD, empty, *out, axis_name=axes)
+
+
+def _carry_back(where, saved, g_SD):
+    out, back, rows = saved
+    return _carry(g_SD, back, out, (rows, where[1])), None, None
+
+
+_carry.defvjp(lambda x, out, back, where: (_carry(x, out, back, where), (out, back, x.shape[0])), _carry_back)
+
+
+def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`lax.ragged_all_to_all` for the CPU, which has none: everybody sees everything, and takes what is its own."""
+    me, n = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    at = jnp.arange(output.shape[0])
+    for sender in range(n):
+        everyone = lambda x: jax.lax.all_gather(x, axis_name)[sender]
+        mine = lambda x: jax.lax.dynamic_slice_in_dim(everyone(x), me * (x.size // n), x.size // n)
+        start, size, place = mine(input_offsets), mine(send_sizes), mine(output_offsets)
+        hit = (at[:, None] >= place) & (at[:, None] < place + size)
+        row = jnp.sum(jnp.where(hit, start + at[:, None] - place, 0), 1)
+        output = jnp.where(jnp.any(hit, 1)[:, None], everyone(operand)[row], output)
+    return output

@@ -15,6 +15,7 @@ draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
 X, LOGITS = jnp.asarray(draw(B, T, D)), 2 * draw(B, T, E)
 AXES = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
 PARAMS = {"gate": draw(E, D, F), "up": draw(E, D, F), "down": draw(E, F, D)}
+WAYS, ROOM = ops.moe.IMPLEMENTATIONS, E / C  # a capacity that all tokens of a device fit in
 CLOSE = dict(rtol=1e-5, atol=1e-4)  # float32: sums of a dozen terms of size 1 to 10, in another order
 
 
@@ -74,11 +75,11 @@ each_weight = pytest.mark.parametrize("kind", WEIGHTS)
 
 
 @each_weight
-@pytest.mark.parametrize("implementation", ["reference", "ragged"])
+@pytest.mark.parametrize("implementation", WAYS)
 def test_both_paths_are_a_loop_over_tokens(kind, implementation):
     params = {name: WEIGHTS[kind](name) for name in PARAMS}
     gates, chosen = routed_by_hand(normalize=True)
-    run = lambda params: ops.mixture(expert, X, jnp.asarray(gates, jnp.float32), chosen, params, AXES, implementation=implementation)
+    run = lambda params: ops.mixture(expert, X, jnp.asarray(gates, jnp.float32), chosen, params, AXES, implementation=implementation, capacity_factor=ROOM)[0]
     want = by_hand({name: weights.dense(w) for name, w in params.items()}, gates, chosen)
     np.testing.assert_allclose(jax.jit(run)(params), want, rtol=1e-4, atol=1e-3)
 
@@ -91,7 +92,7 @@ def value_and_grad(implementation, params, x, logits):
     def loss(trained, x, logits):
         w = {n: weights.LoRA(params[n].base, *p, params[n].alpha) if isinstance(p, tuple) else p for n, p in trained.items()}
         _, gates, chosen = ops.route(logits, C, normalize=False)
-        y = ops.mixture(expert, x, gates, chosen, w, AXES, implementation=implementation)
+        y = ops.mixture(expert, x, gates, chosen, w, AXES, implementation=implementation, capacity_factor=ROOM)[0]
         return jnp.sum(y * toward), y
 
     (_, y), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(kept(params), x, logits)
@@ -117,7 +118,7 @@ def test_the_paths_agree_in_value_and_gradient(sizes, kind):
     if mesh is not None:
         rows = jax.NamedSharding(mesh, sharding.spec(("batch", "seq", None), X.shape, mesh))
         placed = (jax.device_put(params, sharding.shardings(params, AXES, mesh)), *(jax.device_put(x, rows) for x in (X, LOGITS)))
-    for implementation in ("reference", "ragged"):
+    for implementation in WAYS:
         with sharding.tracing_on(mesh):
             got = jax.jit(functools.partial(value_and_grad, implementation))(*placed)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), jax.device_get(got), jax.device_get(want))
@@ -125,8 +126,9 @@ def test_the_paths_agree_in_value_and_gradient(sizes, kind):
 
 def test_an_expert_that_nobody_chose_has_no_gradient_and_no_say():
     gates, chosen = jnp.full((B, T, 1), 0.5), jnp.full((B, T, 1), 2)
-    for implementation in ("reference", "ragged"):
-        loss = lambda params, how=implementation: jnp.sum(ops.mixture(expert, X, gates, chosen, params, AXES, implementation=how) ** 2)
+    for way in WAYS:
+        run = functools.partial(ops.mixture, expert, X, gates, chosen, axes=AXES, implementation=way, capacity_factor=ROOM)
+        loss = lambda params, run=run: jnp.sum(run(params)[0] ** 2)
         for g in jax.tree.leaves(jax.grad(loss)({name: jnp.asarray(w) for name, w in PARAMS.items()})):
             assert np.abs(g[2]).max() > 0 and not np.delete(np.asarray(g), 2, axis=0).any()
 
