@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from bigflax import ops, trees
+from bigflax import ops, pipeline, trees
 from bigflax.sharding import constrain
 from bigflax.weights import Axes, parse_axes, write_axes
 
@@ -165,6 +165,7 @@ def stack(
     remat: str = "none",
     unroll: int | bool = 1,
     tied: bool = False,
+    joint: bool = False,
     **shared: Any,
 ) -> tuple[jax.Array, Any]:
     """Runs `layers` copies of `block` one after another as one scan: `(x, seen)`, where `seen` stacks what each returned beside x.
@@ -173,12 +174,20 @@ def stack(
     weights gain a leading "layers" axis, unless all copies are `tied` to one set of them. Compile time does not grow with the number of
     layers. With `layers` None the block runs once as it is, which may change the shape of x: its weights gain no axis, and neither does what
     it returns.
+
+    Where the layout of the step gives the layers' axis to stages, the layers run as a pipeline (pipeline.run says which of `shared` goes with
+    the rows, and what becomes of what they return): not while there is something for `each` of them, nor where they are `joint`, which
+    compute over all rows together (batch norm).
     """
+    policy = pick(REMAT, remat, "remat")
+    if layers is not None and each is None and not joint and not block.is_initializing():
+        plan = pipeline.plan(layers, len(x))
+        if plan is not None:
+            return _pipeline(block, plan, x, policy, tied, shared)
 
     def body(block, x, each):
         return block(x, each, **shared)
 
-    policy = pick(REMAT, remat, "remat")
     if policy is not None:
         body = nn.remat(body, prevent_cse=layers is None, policy=policy)
     if layers is None:
@@ -188,6 +197,18 @@ def stack(
         split_rngs={"params": not tied, "dropout": True}, length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
     return scan(block, x, each)
+
+
+def _pipeline(block: nn.Module, plan: pipeline.Plan, x: jax.Array, policy: Any, tied: bool, shared: dict[str, Any]) -> tuple[jax.Array, Any]:
+    free = block.clone(parent=None)
+
+    def layer(weights, x, shared, key):
+        return free.apply({"params": weights}, x, None, rngs=None if key is None else {"dropout": key}, **shared)
+
+    key = block.make_rng("dropout") if block.has_rng("dropout") else None
+    return pipeline.run(
+        layer, block.variables["params"], x, shared, plan, tied=tied, key=key, policy=policy, keep=policy is not REMAT["full"]
+    )  # fmt: skip
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, *, rows: bool = False) -> jax.Array:

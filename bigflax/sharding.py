@@ -32,9 +32,10 @@ MESH_AXES = ("slice", "data", "stage", "fsdp", "expert", "context", "tensor")
 
 Table = Mapping[str, Any]
 TABLE: Table = {
-    "batch": ("slice", "data", "fsdp", "expert"),
+    "batch": ("slice", "data", "fsdp", "expert", "stage"),
     "seq": "context",
-    "embed": ("fsdp", "expert"),
+    "layers": "stage",
+    "embed": ("fsdp", "expert", "stage"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -48,6 +49,9 @@ class Layout(NamedTuple):
 
     mesh: Mesh
     table: Table = TABLE
+    micro_batches: int | None = None  # of a pipeline (pipeline.py); None: one for each stage
+    repeats: int = 1
+    pipelines: list[Any] = []  # the plans of those that were traced
 
 
 _tracing: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("bigflax_layout", default=None)
@@ -174,11 +178,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 @contextlib.contextmanager
-def tracing_on(mesh: Mesh | None, table: Table = TABLE):
-    """While a function is traced inside, `constrain` speaks of this mesh, and `platform` of its devices."""
-    token = _tracing.set(None if mesh is None else Layout(mesh, table))
+def tracing_on(mesh: Mesh | None, table: Table = TABLE, *, micro_batches: int | None = None, repeats: int = 1):
+    """While a function is traced inside, `constrain` speaks of this mesh, and `platform` of its devices; gives the layout."""
+    layout = None if mesh is None else Layout(mesh, table, micro_batches, repeats, [])
+    token = _tracing.set(layout)
     try:
-        yield
+        yield layout
     finally:
         _tracing.reset(token)
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigflax import optim, trees
+from bigflax import optim, pipeline, trees
 from bigflax.metrics import Mean, Meter, as_floats, combine
 from bigflax.sharding import TABLE, Table, replicated, shardings, tracing_on
 from bigflax.weights import trainable
@@ -128,21 +128,26 @@ Step = Callable[[State, Any], tuple[State, dict[str, Any]]]
 
 
 def train_step(
-    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, seed: int = 0, table: Table = TABLE
-) -> Step:
+    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, micro_batches: int | None = None,
+    repeats: int = 1, seed: int = 0, table: Table = TABLE,
+) -> Step:  # fmt: skip
     """The compiled step `(state, batch) -> (state, metrics)`: the state is donated and comes back as it lay, so it compiles once.
 
-    `accumulate` splits the batch into that many micro-batches, weighed by their counts. A step whose loss or gradient norm is not finite
+    `accumulate` splits the batch into that many micro-batches, weighed by their counts. On a mesh with `stage` the layers of a model run as a
+    pipeline (pipeline.py): of `micro_batches`, a multiple of the stages (None: as many as stages), each of which passes every stage `repeats`
+    times. A step whose loss or gradient norm is not finite
     changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. Raises
-    ValueError, when first called, for an update of what is not frozen or has another shape.
+    ValueError, when first called, for an update of what is not frozen or has another shape, and where the mesh has stages and the loss no
+    pipeline.
     """
     same = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.mesh
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, jax.Array]]:
-        with tracing_on(mesh, table):
+        with tracing_on(mesh, table, micro_batches=micro_batches, repeats=repeats) as layout:
             rng = jax.random.fold_in(jax.random.key(seed), state.step)
             grads, loss, metrics, moved = gradients(loss_fn, state.params, state.frozen, batch, rng, accumulate)
+            pipeline.check(layout)
             moved = _as_frozen(moved, state, same.frozen)
             norm = optim.global_norm(grads)
             updates, opt = tx.update(grads, state.opt, state.params)

@@ -255,7 +255,7 @@ class Stage(nn.Module):
             rates = None if self.layers.rates is None else jnp.asarray(self.layers.rates[start : start + group.layers], jnp.float32)
             rates = rates if rates is None or repeats else rates[0]
             block = group.blocks[0].clone(parent=self, name=name)
-            x_BHWC, seen = stack(block, repeats or None, x_BHWC, rates, remat=self.remat, unroll=unroll, keep=keep)
+            x_BHWC, seen = stack(block, repeats or None, x_BHWC, rates, remat=self.remat, unroll=unroll, joint=True, keep=keep)
             updates |= below(name, seen["updates"])
             if keep:
                 states += [*seen["hidden"]] if repeats else [seen["hidden"]]
