@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "trees weights losses chips flops checksum stored yardsticks",
-    "ops sharding optim metrics writers curves",
+    "ops sharding hosts xla optim metrics writers curves",
     "nn data checkpoint peft compress",
     "models hub parity train tasks generate explain export plan",
     "main recipes runs",
