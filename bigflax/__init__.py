@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "bigflax.train": ("State", "init_state", "state_like", "train_step", "eval_step", "evaluate", "fit"),
-    "bigflax.sharding": ("make_mesh", "constrain", "start_hosts"),
+    "bigflax.sharding": ("make_mesh", "constrain"),
+    "bigflax.hosts": ("start_hosts", "StopSignal"),
     "bigflax.metrics": ("Mean",),
     "bigflax.checkpoint": ("Checkpoints", "restore_params", "target_like"),
     "bigflax.generate": ("generate",),

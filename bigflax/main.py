@@ -81,7 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("BIGFLAX_TRACEBACK"):
             raise
         print(f"bigflax: {sentence(error)}", file=sys.stderr)
+        if getattr(args, "hosts", None) is not None:
+            _leave_hosts()
         return 2
+
+
+def _leave_hosts() -> None:
+    """Ends the process with exit code 2 where it has joined others: JAX would wait at exit for hosts that wait for this one in a collective."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
 
 
 def sentence(error: Exception) -> str:
@@ -182,7 +194,7 @@ def prepare(args: argparse.Namespace) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if getattr(args, "hosts", None) is not None:
-        from bigflax.sharding import start_hosts
+        from bigflax.hosts import start_hosts
 
         start_hosts(coordinator=args.coordinator, processes=args.hosts or None, index=args.host, timeout=args.timeout)
 

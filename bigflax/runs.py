@@ -24,12 +24,11 @@ from bigflax.data.quality import Quality
 from bigflax.flops import count_flops
 from bigflax.generate import check as check_generate
 from bigflax.generate import generate
+from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
 from bigflax.writers import open_writers, read_jsonl
 
 Config = Any  # a resolved ConfigDict, whose attributes no type checker knows
-
-STOPPED = 75  # EX_TEMPFAIL: "start me again", for a launcher that restarts
 
 
 def _options(section: Config, *without: str) -> dict[str, Any]:
@@ -179,7 +178,7 @@ class Run:
 
 
 def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
-    """Trains, or continues, the run of `config.work`; returns the exit code: 0, or STOPPED where a signal ended it early."""
+    """Trains, or continues, the run of `config.work`; returns the exit code: 0, or StopSignal.CODE where a signal ended it early."""
     began = time.perf_counter()
     run = Run(config)
     first = jax.process_index() == 0
@@ -187,7 +186,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
     watch = train.Watch(**config.watch)
     mode = "max" if config.watch.mode == "max" else "min"
     best = (config.watch.metric, mode) if config.fit.eval_every else None
-    with Checkpoints(os.path.join(config.work, "checkpoints"), best=best, **config.checkpoint) as checkpoints, train.StopSignal() as stop:
+    with Checkpoints(os.path.join(config.work, "checkpoints"), best=best, **config.checkpoint) as checkpoints, StopSignal() as stop:
         at = checkpoints.latest()
         if at is not None:
             meta = checkpoints.meta(at)
@@ -219,11 +218,10 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         finally:
             writers.close()
             loader.close()
-    if stop.agreed() and int(state.step) < config.fit.steps:
-        say(
-            f"stopped by {stop.received or 'a signal to another host'} at step {int(state.step)}; everything is saved, the same command continues"
-        )
-        return STOPPED
+    if stop.stopped and int(state.step) < config.fit.steps:
+        by = "a signal to one of the hosts" if jax.process_count() > 1 else stop.received
+        say(f"stopped by {by} at step {int(state.step)}; everything is saved, the same command continues")
+        return stop.CODE
     text = run.sample(state.weights)
     if first:
         summarize(run, int(state.step), text, time.perf_counter() - began, say)

@@ -15,8 +15,6 @@ Left out on purpose: sharding by weight name. Names of axes say the same with a 
 import contextlib
 import contextvars
 import math
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -201,59 +199,3 @@ def platform() -> str:
         return jax.default_backend()
     name = layout.mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
-
-
-def start_hosts(*, coordinator: str | None = None, processes: int | None = None, index: int | None = None, timeout: int = 300) -> None:
-    """Joins this process to the others before JAX is first used; on Cloud TPU, GKE and Slurm the arguments are found by themselves.
-
-    On a CPU the hosts talk through gloo. Raises RuntimeError, in one sentence, when the others do not appear within `timeout` seconds.
-    """
-    if jax.config.jax_platforms == "cpu":  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        if coordinator is not None and processes is not None and index is not None:
-            _meet(coordinator, processes, index, time.monotonic() + timeout)
-        jax.distributed.initialize(coordinator, processes, index, initialization_timeout=timeout)
-    except Exception as error:
-        raise RuntimeError(
-            f"process {index} on {socket.gethostname()} could not join {processes or 'the'} processes at {coordinator or 'the coordinator'} "
-            f"within {timeout} s: start all of them, with one address and distinct indices ({str(error).splitlines()[0][:200]})"
-        ) from None
-
-
-def _meet(coordinator: str, processes: int, index: int, until: float) -> None:
-    """Returns when all processes are there. Whoever waits in vain gets an error here; JAX, which waits next, would abort the process."""
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"{coordinator!r} is not an ADDRESS:PORT")
-    if index:
-        with _knock((host.strip("[]"), int(port)), until) as door:
-            door.sendall(b"%d\n" % index)
-            door.settimeout(max(0.1, until - time.monotonic()))
-            if door.recv(1) != b"+":
-                raise TimeoutError("process 0 gave up")
-        return
-    both = socket.has_dualstack_ipv6()
-    here: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as stack:
-        with socket.create_server(("", int(port)), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both) as server:
-            while absent := sorted({*range(1, processes)} - {*here}):
-                server.settimeout(max(0.1, until - time.monotonic()))
-                try:
-                    guest = stack.enter_context(server.accept()[0])
-                except TimeoutError:
-                    raise TimeoutError(f"missing: {', '.join(map(str, absent))}") from None
-                guest.settimeout(5)
-                here[int(guest.makefile().readline())] = guest
-        for guest in here.values():  # only now, when the port is free for JAX
-            guest.sendall(b"+")
-
-
-def _knock(address: tuple[str, int], until: float) -> socket.socket:
-    while True:
-        try:
-            return socket.create_connection(address, timeout=max(0.1, until - time.monotonic()))
-        except OSError:
-            if time.monotonic() > until:
-                raise TimeoutError("nobody listens there") from None
-            time.sleep(0.1)

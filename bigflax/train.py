@@ -22,7 +22,6 @@ Left out on purpose: a Trainer class, callbacks, and the gradient of anything th
 import contextlib
 import functools
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import optim, pipeline, trees
+from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
 from bigflax.sharding import TABLE, Table, replicated, shardings, tracing_on
 from bigflax.weights import trainable
@@ -287,34 +287,6 @@ class Watch:
         return self.patience is not None and self.idle >= self.patience
 
 
-class StopSignal:
-    """Between `with` and its end, SIGTERM and SIGINT ask for a stop after the running step; a second one ends at once."""
-
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)):
-        self.signals, self.received = signals, None
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def agreed(self) -> bool:
-        """True where any host was asked to stop; every host must call this at the same step."""
-        if jax.process_count() == 1:
-            return self.received is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(jnp.int32(self.received is not None)).any())
-
-
 class Interval:
     """The steps since the last record: their metrics, not yet waited for, and their time, less what `pause` took out."""
 
@@ -405,7 +377,7 @@ def fit(
                 write(at, {f"eval/{name}": value for name, value in evaluated.items()})
                 done = watch is not None and watch.see(evaluated)
                 best = watch is not None and watch.idle == 0
-            done = done or (stop is not None and (jax.process_count() == 1 or logs) and stop.agreed())
+            done = done or (stop is not None and stop.agreed())
             if checkpoints is not None and (done or best or (save_every and at % save_every == 0) or _due(saved_time, save_minutes, logs)):
                 _save(checkpoints, at, state, loader, meta, watch, evaluated)
                 saved_at, saved_time = at, time.perf_counter()

@@ -141,15 +141,19 @@ class Final(NamedTuple):
     data: Any
 
 
-def final(work: Path) -> Final:
-    """The newest checkpoint: its step, the hash of every array in it (weights, optimizer, counters), and the position in the data."""
-    digest = hashlib.sha256()
+def restored(work: Path) -> tuple[Any, Any]:
+    """The newest checkpoint on one device, and the state that the run began with."""
     with Checkpoints(work / "checkpoints") as checkpoints:
         config = recipes.unflatten(checkpoints.meta()["config"])
         config.work = str(work)
         run = runs.Run(config)
         run.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        found = checkpoints.restore(run.state_like())
+        return checkpoints.restore(run.state_like()), run.init_state()
+
+
+def final(work: Path) -> Final:
+    """The newest checkpoint: its step, the hash of every array in it (weights, optimizer, counters), and the position in the data."""
+    digest, found = hashlib.sha256(), restored(work)[0]
     for name, leaf in trees.named_leaves(found.state):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     return Final(found.step, digest.hexdigest(), found.data)

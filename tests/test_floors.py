@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "trees weights losses chips flops hlo topology checksum stored yardsticks",
-    "ops sharding pipeline optim metrics writers curves",
+    "ops sharding pipeline hosts xla optim metrics writers curves",
     "nn data checkpoint peft compress",
     "models hub parity train tasks generate explain export planner",
     "main recipes runs plans",

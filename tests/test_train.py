@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bigflax import models, optim, sharding, tasks, train, trees
+from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean
 
 ONE = {"data": 1}
@@ -381,7 +382,7 @@ def test_a_stop_signal_saves_and_ends():
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-    with train.StopSignal() as stop:
+    with StopSignal() as stop:
         state, _, shelf = run_fit(loader=Interrupting(), stop=stop)
     assert stop.received == "SIGTERM" and int(state.step) == 5 and shelf.saved == [(5, None)]
 
