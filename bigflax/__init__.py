@@ -18,11 +18,12 @@ _HOMES = {
     "bigflax.hub": ("load", "save"),
     "bigflax.weights": ("LoRA", "Quantized", "dense"),
     "bigflax.nn": ("Model",),
+    "bigflax.planner": ("plan",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
-    *("checkpoint", "chips", "curves", "data", "flops", "hub", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "tasks"),
-    *("trees", "weights", "yardsticks"),
+    *("checkpoint", "chips", "curves", "data", "flops", "hub", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "planner"),
+    *("tasks", "topology", "trees", "weights", "yardsticks"),
 )
 
 __all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -21,7 +21,6 @@ from bigflax import chips, data, models, optim, recipes, sharding, tasks, train,
 from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
-from bigflax.flops import count_flops
 from bigflax.generate import check as check_generate
 from bigflax.generate import generate
 from bigflax.hosts import StopSignal
@@ -136,12 +135,6 @@ class Run:
         step, loader = train.eval_step(self.loss_fn, self.mesh), self.loader("validation")
         return lambda state: train.evaluate(step, state.weights, loader)
 
-    def flops_per_step(self, loader: data.Loader) -> int:
-        """Three times the forward pass: one for it, two for the gradients of weights and activations. Recomputation is not counted."""
-        return 3 * count_flops(
-            lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[0].total, self.model.shapes(), loader.spec
-        )
-
     def check_end(self, loader: data.Loader, watch: train.Watch) -> None:
         """Raises now what would otherwise come up at the first evaluation, a metric to watch that there is not, or after the last step, a
         sample that the model cannot write."""
@@ -208,7 +201,11 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             loader.restore(restored.data)
             say(f"resumed from step {at} of {checkpoints.folder}")
         step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, **config.step)
-        meter = Meter(flops_per_step=run.flops_per_step(loader), peak_flops=chips.peak_flops(), total_steps=config.fit.steps)
+        meter = Meter(
+            flops_per_step=train.model_flops(run.loss_fn, run.model.shapes(), loader.spec),
+            peak_flops=chips.peak_flops(),
+            total_steps=config.fit.steps,
+        )
         writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
         try:
             state = train.fit(

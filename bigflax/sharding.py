@@ -77,16 +77,14 @@ def make_mesh(*, devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {said} needs a multiple of {fixed} devices, but there are {len(devices)}" if wild else
                          f"mesh {said} needs {fixed} devices, but there are {len(devices)}; give one axis the size -1 to take what is there")  # fmt: skip
-    auto = (AxisType.Auto,) * len(sizes)  # jax.make_mesh's own default is Explicit: say it
     slices = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
-    if len(slices) == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
-    if sizes.get("slice") != len(slices):
+    if len(slices) > 1 and sizes.get("slice") != len(slices):
         raise ValueError(f"the devices lie in {len(slices)} slices, and the mesh says {said}; give it slice={len(slices)}")
-    inner = tuple(size for axis, size in sizes.items() if axis != "slice")
-    parts = [[device for device in devices if (device.slice_index or 0) == i] for i in slices]
-    grid = np.stack([mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in parts])
-    return Mesh(grid, tuple(sizes), axis_types=auto)
+    inner = {axis: 1 if axis == "slice" and len(slices) > 1 else size for axis, size in sizes.items()}
+    parts = [[device for device in devices if (getattr(device, "slice_index", None) or 0) == i] for i in slices]
+    grids = [mesh_utils.create_device_mesh(tuple(inner.values()), part, allow_split_physical_axes=True) for part in parts]
+    # Auto, said aloud: jax.make_mesh's own default is Explicit. `slice` is the outermost axis.
+    return Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def axes_of(name: str | None, size: int, mesh: Mesh, table: Table = TABLE, used: Sequence[str] = ()) -> tuple[str, ...]:

@@ -31,9 +31,11 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import optim, pipeline, trees
+from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
-from bigflax.sharding import TABLE, Table, replicated, shardings, tracing_on
+from bigflax.sharding import TABLE, Table, make_mesh, replicated, shardings, tracing_on
+from bigflax.topology import StandIn
 from bigflax.weights import trainable
 
 
@@ -233,6 +235,18 @@ def split_loss(result: Any) -> tuple[Mean, dict[str, Mean], dict[str, jax.Array]
     loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
     mean = lambda x: x if isinstance(x, Mean) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
     return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
+
+
+def model_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any) -> int:
+    """FLOPs that a training step of this batch needs, recomputation left out: three times those of the forward pass (flops.py).
+
+    Counted where no fast path hides or adds any: a mixture's chosen experts alone, of causal attention the blocks that are not all masked.
+    `weights` and `batch` are arrays or shapes, whole.
+    """
+    whole = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    loss = lambda weights, batch: split_loss(loss_fn(weights, batch, None))[0].total
+    with tracing_on(make_mesh(devices=[StandIn(0, (0, 0, 0), 0, 0, "nowhere", platform="nowhere")])):
+        return 3 * count_flops(loss, whole(weights), whole(batch))
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------------

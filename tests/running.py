@@ -157,3 +157,10 @@ def final(work: Path) -> Final:
     for name, leaf in trees.named_leaves(found.state):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     return Final(found.step, digest.hexdigest(), found.data)
+
+
+def child_python(code: str, *argv: str, env: dict[str, str] | None = None, timeout: float = 400) -> str:
+    """The standard output of a Python program, which must end well."""
+    done = subprocess.run([sys.executable, "-c", code, *argv], env=env or {**os.environ}, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.rstrip("\n")

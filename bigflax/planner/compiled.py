@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigflax import hlo, topology, train, trees
 from bigflax.chips import chip
-from bigflax.flops import count_flops, count_jaxpr
+from bigflax.flops import count_jaxpr
 from bigflax.planner import roofline
 from bigflax.planner.report import GIB, Plan, Traffic
 from bigflax.sharding import make_mesh
@@ -51,7 +51,7 @@ def plan(
     traced = step.trace(state, batch)
     program = count_jaxpr(traced.jaxpr)
     if model_flops is None:
-        model_flops = _model_flops(step, state, batch) or program
+        model_flops = train.model_flops(step.loss_fn, state.weights, batch) if hasattr(step, "loss_fn") else program
     say("compiling")
     found = _compile(traced)
     memory = _memory(found, state, batch)
@@ -137,14 +137,6 @@ def _mesh_on(place: Topology, mesh: Mesh) -> Mesh:
 
 def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
-
-
-def _model_flops(step: Any, state: Any, batch: Any) -> float | None:
-    if not hasattr(step, "loss_fn"):
-        return None
-    whole = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    loss = lambda weights, batch: train.split_loss(step.loss_fn(weights, batch, None))[0].total
-    return 3 * count_flops(loss, whole(state.weights), whole(batch))
 
 
 def _compile(traced: Any) -> Any:

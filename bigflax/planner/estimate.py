@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bigflax import train, trees
-from bigflax.flops import count_flops, count_jaxpr
+from bigflax.flops import count_jaxpr
 from bigflax.planner import roofline
 from bigflax.planner.compiled import capacity, shard_bytes, split, tokens
 from bigflax.planner.report import Plan, Traffic
@@ -35,7 +35,7 @@ from bigflax.topology import Topology
 class Trace:
     """What a loss computes and keeps for one row of a batch: FLOPs, and bytes; those `split` by `tensor`, heads and mlp columns, apart."""
 
-    forward: float
+    model: float  # a training step
     executed: float  # forward and backward passes, recomputation included
     kept: float
     kept_split: float
@@ -70,7 +70,7 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
     between = lambda x: carried is not None and tuple(x.shape[-len(carried.shape) :]) == tuple(carried.shape)
     whole = sum(_bytes(x) for x in kept if between(x))
     return Trace(
-        forward=count_flops(total, params, one), executed=count_jaxpr(closed), kept=whole, kept_split=sum(map(_bytes, kept)) - whole,
+        model=train.model_flops(loss_fn, weights, one), executed=count_jaxpr(closed), kept=whole, kept_split=sum(map(_bytes, kept)) - whole,
         working_split=sum(_bytes(v.aval) for eqn in _equations(body) if eqn.primitive.name in PRODUCTS for v in eqn.outvars),
         largest=max((_bytes(v.aval) for eqn in _equations(closed.jaxpr) for v in eqn.outvars if tuple(v.aval.shape) not in given), default=0),
         width=0 if carried is None else _bytes(carried), layers=layers,
@@ -112,7 +112,7 @@ def estimate(
     times = dict(roofline.seconds(program * (bubble if sizes["stage"] > 1 else 1), roofline.moved(memory), traffic, peak, place))
     return Plan(
         topology=str(place), chips=place.chips, devices=mesh.devices.size, mesh=dict(mesh.shape), source="estimate", memory=memory,
-        capacity=capacity(place), model_flops=3 * traced.forward * rows_all, program_flops=program, peak=peak,
+        capacity=capacity(place), model_flops=traced.model * rows_all, program_flops=program, peak=peak,
         traffic=tuple(sorted(traffic, key=lambda t: -t.seconds)), seconds=times, tokens=tokens(batch), steps=steps,
         price=place.chip.price if price is None else price,
     )  # fmt: skip
