@@ -110,6 +110,11 @@ def load_balance(sums: Mapping[str, jax.Array]) -> jax.Array:
     return sums["probs"].shape[-1] * jnp.sum(jnp.sum(sums["chosen"], 0) / tokens * (jnp.sum(sums["probs"], 0) / tokens))
 
 
+def dropped_share(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """{"dropped": the share of all layers' choices that were dropped}, or nothing where `router_sums` do not count them."""
+    return {} if "dropped" not in sums else {"dropped": jnp.sum(sums["dropped"]) / jnp.maximum(jnp.sum(sums["chosen"]), 1)}
+
+
 def _reference(expert, x_BTD, gates_BTC, chosen_BTC, params):
     def product(x, w):
         y_EBTF = einsum("btd,edf->ebtf" if x.ndim == 3 else "ebtd,edf->ebtf", x, w)
@@ -174,7 +179,11 @@ def _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes):
     # Without the check of what varies over which axis, which Pallas kernels cannot pass. Sums over the columns are taken outside: inside, they
     # would be taken again on the way back.
     spread = jax.shard_map(
-        device, mesh=mesh, in_specs=(rows, rows, rows, stored), out_specs=(PartitionSpec(summed or None, *rows), PartitionSpec()), check_vma=False
+        device,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, stored),
+        out_specs=(PartitionSpec(summed or None, *rows), PartitionSpec()),
+        check_vma=False,
     )
     y_SBTD, dropped = spread(x_BTD, gates_BTC, chosen_BTC, params)
     return jax.lax.reduce_sum(y_SBTD, axes=(0,)), dropped
@@ -331,23 +340,21 @@ def _grouped(sizes_E: jax.Array, x_SD: jax.Array, w: Weight) -> jax.Array:
 @jax.custom_vjp
 def _gmm(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The grouped product as a Pallas kernel that visits only tiles with rows: the weight gradient of `lax.ragged_dot` is dense on a TPU."""
-    return _megablox().gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # half a second
+
+    return gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
 
 
 def _gmm_back(saved, g_SF):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
     x_SD, w_EDF, sizes_E = saved
-    kernels, options = _megablox(), dict(interpret=platform() != "tpu")
-    dx_SD = kernels.gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, **options)
-    return dx_SD, kernels.tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, **options), None
+    interpret = platform() != "tpu"
+    dx_SD = gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, interpret=interpret)
+    return dx_SD, tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, interpret=interpret), None
 
 
 _gmm.defvjp(lambda *given: (_gmm(*given), given), _gmm_back)
-
-
-def _megablox():
-    from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second
-
-    return gmm
 
 
 def _tiles(S: int, D: int, F: int) -> tuple[int, int, int]:
@@ -373,13 +380,12 @@ _carry.defvjp(lambda x, out, back, where: (_carry(x, out, back, where), (out, ba
 
 def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`lax.ragged_all_to_all` for the CPU, which has none: everybody sees everything, and takes what is its own."""
-    me, n = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    at = jnp.arange(output.shape[0])
-    for sender in range(n):
-        everyone = lambda x: jax.lax.all_gather(x, axis_name)[sender]
-        mine = lambda x: jax.lax.dynamic_slice_in_dim(everyone(x), me * (x.size // n), x.size // n)
-        start, size, place = mine(input_offsets), mine(send_sizes), mine(output_offsets)
-        hit = (at[:, None] >= place) & (at[:, None] < place + size)
-        row = jnp.sum(jnp.where(hit, start + at[:, None] - place, 0), 1)
-        output = jnp.where(jnp.any(hit, 1)[:, None], everyone(operand)[row], output)
+    me, n, at = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name), jnp.arange(output.shape[0])[:, None]
+    everyone = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+    mine = lambda x_K: everyone(x_K).reshape(n, n, -1)[:, me]
+    rows, *slices = (everyone(operand), *map(mine, (input_offsets, send_sizes, output_offsets)))
+    for row_RD, start_k, size_k, place_k in zip(rows, *slices, strict=True):
+        hit = (at >= place_k) & (at < place_k + size_k)
+        found_SD = row_RD[jnp.sum(jnp.where(hit, start_k + at - place_k, 0), 1)]
+        output = jnp.where(jnp.any(hit, 1, keepdims=True), found_SD, output)
     return output
