@@ -25,7 +25,8 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
 
     Metrics: `accuracy`, and with `token_bytes` (bytes of text that each token id stands for) `bits_per_byte`. `chunk` and `z_loss` are
     those of `ops.linear_cross_entropy`. A model of mixtures adds its config's `router_aux_loss_coef` times `aux_loss`, which is a metric too: each
-    batch's own, so that it is balanced in every piece of an accumulated one.
+    batch's own, so that it is balanced in every piece of an accumulated one; where experts have a capacity, `dropped` is the share of
+    choices that found no room.
     """
     coefficient = model.config.get("router_aux_loss_coef", 0.0)
 
@@ -43,6 +44,8 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
         if "aux_loss" in out:
             metrics["aux_loss"] = Mean(out["aux_loss"] * count, count)
             loss = Mean(loss.total + coefficient * out["aux_loss"] * count, count)
+        if "dropped" in out:
+            metrics["dropped"] = Mean(out["dropped"] * count, count)
         if token_bytes is not None:
             sizes = jnp.where(labels_BT == IGNORED, 0, jnp.asarray(token_bytes)[jnp.maximum(labels_BT, 0)])
             metrics["bits_per_byte"] = Mean(jnp.sum(losses_BT) / jnp.log(2.0), jnp.sum(sizes))

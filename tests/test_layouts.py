@@ -20,6 +20,7 @@ MESHES = {
     "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 ALL = MESHES["data=2 fsdp=2 tensor=2"]
+APART = {"fsdp": 2, "expert": 2, "tensor": 2}
 FOUNDATIONS = ("bert", "gpt2", "llama")  # what the others are composed like: these on every mesh
 # family, config, mesh, packed, chunk of the head
 STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for family in FOUNDATIONS for mesh, sizes in MESHES.items()} | {
@@ -28,7 +29,10 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "llama tied, full remat": ("llama", {"tie_word_embeddings": True, "remat": "full"}, ALL, True, None),
     "bert, a head in chunks": ("bert", {}, ALL, False, 256),
     "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 256),
-    "mixtral, experts apart": ("mixtral", {}, {"fsdp": 2, "expert": 2, "tensor": 2}, True, None),
+    **{f"mixtral, {way}": ("mixtral", {"dispatch": way}, APART, True, None) for way in ("reference", "ragged", "exchange", "capacity")},
+    "llama, an expert axis without experts": ("llama", {}, APART, True, None),
+    "qwen2_moe, a shared expert": ("qwen2_moe", {"dispatch": "exchange", "remat": "full"}, {"data": 2, "expert": 4}, True, None),
+    "qwen3_moe, experts that do not divide": ("qwen3_moe", {"dispatch": "exchange"}, {"expert": 8}, True, None),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
 }
 TOGETHER = 8  # cases a process: starting one takes as long as compiling two of them

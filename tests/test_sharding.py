@@ -72,11 +72,22 @@ SPECS = {
     "an axis is used once": (("embed", "embed"), (8, 8), P("fsdp")),
     "no names": ((None, "norm"), (8, 8), P()),
 }
+APART = {  # outside of the experts their axis is one more of data and of fsdp
+    "batch": (("batch", "seq", None), (8, 5, 3), P(("fsdp", "expert"))),
+    "matrix": (("embed", "mlp"), (8, 16), P(("fsdp", "expert"), "tensor")),
+    "experts": (("experts", "embed", "mlp"), (4, 8, 16), P("expert", "fsdp", "tensor")),
+    "experts that do not divide": (("experts", "embed", "mlp"), (3, 8, 16), P(None, ("fsdp", "expert"), "tensor")),
+}
 
 
 @pytest.mark.parametrize("names, shape, want", SPECS.values(), ids=SPECS)
 def test_spec(names, shape, want):
     assert sharding.spec(names, shape, sharding.make_mesh(data=2, fsdp=2, tensor=2)) == want
+
+
+@pytest.mark.parametrize("names, shape, want", APART.values(), ids=APART)
+def test_spec_with_experts_apart(names, shape, want):
+    assert sharding.spec(names, shape, sharding.make_mesh(fsdp=2, expert=2, tensor=2)) == want
 
 
 def test_nameless_weights_share_their_largest_dimension():

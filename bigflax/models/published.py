@@ -37,7 +37,8 @@ FIXED = {
     "tie_encoder_decoder": False,
     "pruned_heads": {},
 }
-OURS = ("dtype", "remat", "unroll", "head", "num_labels")  # arguments of a family that are no fields of its config
+# arguments of a family that are no fields of its config
+OURS = ("dtype", "remat", "unroll", "dispatch", "capacity_factor", "head", "num_labels")
 
 
 def understand(said: Mapping[str, Any], folder: str) -> tuple[str, dict[str, Any]]:

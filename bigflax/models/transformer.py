@@ -5,7 +5,8 @@
 
 The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`,
 `position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request
-`hidden_states` and `cache`; a model of mixtures adds `aux_loss`, the load-balance loss. With `logits=False` the last product is left undone and
+`hidden_states` and `cache`; a model of mixtures adds `aux_loss`, the load-balance loss, and where experts have a capacity `dropped`,
+the share of choices that found no room. With `logits=False` the last product is left undone and
 `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
 What is embedded need not be tokens: an embedding names its input (`takes`), and a Transformer over `pixel_values` or `input_features` differs in
@@ -261,7 +262,7 @@ class Transformer(nn.Module):
         if cache is not None:
             out["cache"] = seen["cache"]
         if "router" in seen:
-            out["aux_loss"] = ops.load_balance(seen["router"])
+            out |= {"aux_loss": ops.load_balance(seen["router"]), **ops.dropped_share(seen["router"])}
         if self.head is not None:
             real_BT = attention_mask if segment_ids is None else segment_ids
             out |= finish(self.head(x_BTD, table, None if real_BT is None else real_BT > 0), logits=logits)

@@ -4,15 +4,15 @@
 
 A softmax over the C largest logits alone (top-k first) is the normalized one: exp(l_e) / sum of the chosen exp(l). So there is one way.
 
-    reference   every expert computes every token: E f-products a token, plain einsums, lies on any mesh
+    reference   every expert computes every token: E f-products a token, plain einsums
     ragged      rows sorted by expert, one grouped product a weight, sorted back: C f-products a token, none dropped
     exchange    the same after each row has travelled to the device of its expert (`lax.ragged_all_to_all`): none dropped
     capacity    so too, but by a plain all-to-all, each device with `capacity` rows for each expert; what is over is dropped, and counted
 
-All but the reference run below `shard_map`. Tokens lie over the axis of `experts` as over any data axis; in a group of n devices along it each holds
-E / n experts, their width gathered once a pass (FSDP), their columns over the axis of `mlp`, over which the outputs are summed. There `ragged`
-collects the tokens of the whole group and scatters the sums: (n - 1) M D numbers a device each way, forward and backward, with M its tokens. The
-other two send (n - 1) / n C M D (capacity: times its factor). So the default is the reference on a CPU, where a grouped product is itself a dense one
+On a mesh all run below `shard_map`. Tokens lie over the axis of `experts` as over any data axis; in a group of n devices along it each holds E / n
+experts, their width gathered once a pass (FSDP), their columns over the axis of `mlp`, over which the outputs are summed. The first two collect
+the tokens of the whole group and scatter the sums: (n - 1) M D numbers a device each way, forward and backward, with M its tokens. The other
+two send (n - 1) / n C M D (capacity: times its factor). So the default is the reference on a CPU, where a grouped product is itself a dense one
 over E copies of the rows; else ragged where n <= C, and exchange beyond. Neither drops. Where the number of experts does not divide over their
 axis, it carries their width like one more axis of FSDP, and no token travels; where the batch does not, each device takes of all tokens what is its own.
 
@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from bigflax.ops.matmul import einsum
-from bigflax.sharding import Table, axes_of, constrain, current_layout, platform, spec
+from bigflax.sharding import Table, axes_of, current_layout, platform, spec
 from bigflax.weights import LoRA, Quantized, Weight, dense, parse_axes, part_axes, shape
 
 Product = Callable[[jax.Array, Weight], jax.Array]
@@ -82,10 +82,8 @@ def mixture(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"a mixture has no implementation {implementation!r}; take one of {', '.join(IMPLEMENTATIONS)}, or None to choose")
     gates_BTC = gates_BTC.astype(x_BTD.dtype)
-    if implementation == "reference":
-        return _reference(expert, x_BTD, gates_BTC, chosen_BTC, params), None
     if implementation != "capacity":
-        local = functools.partial(_ragged if implementation == "ragged" else _exchange, expert)
+        local = functools.partial({"reference": _reference, "ragged": _ragged, "exchange": _exchange}[implementation], expert)
         return _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes)[0], None
     if real_BT is not None:
         chosen_BTC = jnp.where(real_BT[..., None], chosen_BTC, shape(next(iter(params.values())))[0])
@@ -110,14 +108,9 @@ def load_balance(sums: Mapping[str, jax.Array]) -> jax.Array:
     return sums["probs"].shape[-1] * jnp.sum(jnp.sum(sums["chosen"], 0) / tokens * (jnp.sum(sums["probs"], 0) / tokens))
 
 
-def _reference(expert, x_BTD, gates_BTC, chosen_BTC, params):
-    def product(x, w):
-        y_EBTF = einsum("btd,edf->ebtf" if x.ndim == 3 else "ebtd,edf->ebtf", x, w)
-        return constrain(y_EBTF, "experts", "batch", "seq", None)
-
-    y_EBTD = expert(x_BTD, params, product)
-    share_BTE = jnp.einsum("btce,btc->bte", jax.nn.one_hot(chosen_BTC, y_EBTD.shape[0], dtype=x_BTD.dtype), gates_BTC)
-    return jnp.einsum("ebtd,bte->btd", y_EBTD, share_BTE)
+def dropped_share(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """{"dropped": the share of all layers' choices that were dropped}, or nothing where `router_sums` do not count them."""
+    return {} if "dropped" not in sums else {"dropped": jnp.sum(sums["dropped"]) / jnp.maximum(jnp.sum(sums["chosen"]), 1)}
 
 
 # -- on a mesh -------------------------------------------------------------------------------------------------------------
@@ -174,7 +167,11 @@ def _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes):
     # Without the check of what varies over which axis, which Pallas kernels cannot pass. Sums over the columns are taken outside: inside, they
     # would be taken again on the way back.
     spread = jax.shard_map(
-        device, mesh=mesh, in_specs=(rows, rows, rows, stored), out_specs=(PartitionSpec(summed or None, *rows), PartitionSpec()), check_vma=False
+        device,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, stored),
+        out_specs=(PartitionSpec(summed or None, *rows), PartitionSpec()),
+        check_vma=False,
     )
     y_SBTD, dropped = spread(x_BTD, gates_BTC, chosen_BTC, params)
     return jax.lax.reduce_sum(y_SBTD, axes=(0,)), dropped
@@ -247,22 +244,39 @@ def _round_up(rows: int) -> int:
 # -- the ways --------------------------------------------------------------------------------------------------------------
 
 
+def _reference(expert, x_MD, gates_CM, chosen_CM, params, group):
+    """What the experts of this device add to each token of the group, by way of all that they make of it."""
+
+    def of_all(x_MD, gates_CM, mine_CM, E):
+        y_EMD = expert(x_MD, params, lambda x, w: einsum("md,edf->emf" if x.ndim == 2 else "emd,edf->emf", x, w))
+        return jnp.einsum("emd,em->md", y_EMD, jnp.einsum("cme,cm->em", jax.nn.one_hot(mine_CM, E, dtype=x_MD.dtype), gates_CM))
+
+    return _together(of_all, x_MD, gates_CM, chosen_CM, params, group)
+
+
 def _ragged(expert, x_MD, gates_CM, chosen_CM, params, group):
-    """What the experts of this device add to each token of the group."""
-    E, whole = shape(next(iter(params.values())))[0], x_MD
+    """The same, of the rows that chose them."""
+
+    def of_chosen(x_MD, gates_CM, mine_CM, E):
+        mine_R = jnp.where((mine_CM >= 0) & (mine_CM < E), mine_CM, E).reshape(-1)  # E: another device's, sorted behind all of ours
+        order_R, place_R, sizes_E = _sort(mine_R, E)
+        S, ours = _round_up(min(mine_R.size, x_MD.shape[0] * E)), jnp.sum(sizes_E)
+        row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, S), mine_R.size)
+        place_CM = jnp.where(place_R < ours, place_R, S).reshape(mine_CM.shape)
+        y_SD = expert(_spread(x_MD, row_S, place_CM), params, functools.partial(_grouped, sizes_E))
+        return jnp.einsum("cmd,cm->md", _collect(y_SD, row_S, place_CM), gates_CM)
+
+    return _together(of_chosen, x_MD, gates_CM, chosen_CM, params, group)
+
+
+def _together(of, x_MD, gates_CM, chosen_CM, params, group):
+    """`of(x_MD, gates_CM, chosen_CM, E)` for all tokens of the group, each choice counted from this device's first expert; of the sums each device
+    gets those of its own tokens."""
+    E = shape(next(iter(params.values())))[0]
     if group.dealt:
-        whole = jax.lax.all_gather(x_MD, group.axes, tiled=True)
+        x_MD = jax.lax.all_gather(x_MD, group.axes, tiled=True)
         gates_CM, chosen_CM = (jax.lax.all_gather(x, group.axes, axis=1, tiled=True) for x in (gates_CM, chosen_CM))
-    first = jax.lax.axis_index(group.axes) * E if group.axes else 0
-    mine_R = chosen_CM.reshape(-1) - first
-    mine_R = jnp.where((mine_R >= 0) & (mine_R < E), mine_R, E)  # E: another device's, sorted behind all of ours
-    order_R, place_R, sizes_E = _sort(mine_R, E)
-    S = _round_up(min(mine_R.size, whole.shape[0] * E))
-    ours = jnp.sum(sizes_E)
-    row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, S), mine_R.size)
-    place_CM = jnp.where(place_R < ours, place_R, S).reshape(chosen_CM.shape)
-    y_SD = expert(_spread(whole, row_S, place_CM), params, functools.partial(_grouped, sizes_E))
-    y_MD = jnp.einsum("cmd,cm->md", _collect(y_SD, row_S, place_CM), gates_CM)
+    y_MD = of(x_MD, gates_CM, chosen_CM - (jax.lax.axis_index(group.axes) * E if group.axes else 0), E)
     return jax.lax.psum_scatter(y_MD, group.axes, tiled=True) if group.dealt else y_MD, jnp.int32(0)
 
 
@@ -331,23 +345,21 @@ def _grouped(sizes_E: jax.Array, x_SD: jax.Array, w: Weight) -> jax.Array:
 @jax.custom_vjp
 def _gmm(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The grouped product as a Pallas kernel that visits only tiles with rows: the weight gradient of `lax.ragged_dot` is dense on a TPU."""
-    return _megablox().gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # half a second
+
+    return gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
 
 
 def _gmm_back(saved, g_SF):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
     x_SD, w_EDF, sizes_E = saved
-    kernels, options = _megablox(), dict(interpret=platform() != "tpu")
-    dx_SD = kernels.gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, **options)
-    return dx_SD, kernels.tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, **options), None
+    interpret = platform() != "tpu"
+    dx_SD = gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, interpret=interpret)
+    return dx_SD, tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, interpret=interpret), None
 
 
 _gmm.defvjp(lambda *given: (_gmm(*given), given), _gmm_back)
-
-
-def _megablox():
-    from jax.experimental.pallas.ops.tpu.megablox import gmm  # half a second
-
-    return gmm
 
 
 def _tiles(S: int, D: int, F: int) -> tuple[int, int, int]:
@@ -373,13 +385,12 @@ _carry.defvjp(lambda x, out, back, where: (_carry(x, out, back, where), (out, ba
 
 def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`lax.ragged_all_to_all` for the CPU, which has none: everybody sees everything, and takes what is its own."""
-    me, n = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
-    at = jnp.arange(output.shape[0])
-    for sender in range(n):
-        everyone = lambda x: jax.lax.all_gather(x, axis_name)[sender]
-        mine = lambda x: jax.lax.dynamic_slice_in_dim(everyone(x), me * (x.size // n), x.size // n)
-        start, size, place = mine(input_offsets), mine(send_sizes), mine(output_offsets)
-        hit = (at[:, None] >= place) & (at[:, None] < place + size)
-        row = jnp.sum(jnp.where(hit, start + at[:, None] - place, 0), 1)
-        output = jnp.where(jnp.any(hit, 1)[:, None], everyone(operand)[row], output)
+    me, n, at = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name), jnp.arange(output.shape[0])[:, None]
+    everyone = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+    mine = lambda x_K: everyone(x_K).reshape(n, n, -1)[:, me]
+    rows, *slices = (everyone(operand), *map(mine, (input_offsets, send_sizes, output_offsets)))
+    for row_RD, start_k, size_k, place_k in zip(rows, *slices, strict=True):
+        hit = (at >= place_k) & (at < place_k + size_k)
+        found_SD = row_RD[jnp.sum(jnp.where(hit, start_k + at - place_k, 0), 1)]
+        output = jnp.where(jnp.any(hit, 1, keepdims=True), found_SD, output)
     return output

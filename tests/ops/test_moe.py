@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigflax import ops, sharding, weights
+from bigflax import models, ops, sharding, tasks, train, trees, weights
 
-B, T, D, F, E, C = 4, 6, 8, 12, 4, 2
+B, T, D, F, E, C = 8, 6, 8, 12, 8, 2
 RNG = np.random.default_rng(0)
 draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
 X, LOGITS = jnp.asarray(draw(B, T, D)), 2 * draw(B, T, E)
@@ -79,7 +79,9 @@ each_weight = pytest.mark.parametrize("kind", WEIGHTS)
 def test_both_paths_are_a_loop_over_tokens(kind, implementation):
     params = {name: WEIGHTS[kind](name) for name in PARAMS}
     gates, chosen = routed_by_hand(normalize=True)
-    run = lambda params: ops.mixture(expert, X, jnp.asarray(gates, jnp.float32), chosen, params, AXES, implementation=implementation, capacity_factor=ROOM)[0]
+    run = lambda params: ops.mixture(
+        expert, X, jnp.asarray(gates, jnp.float32), chosen, params, AXES, implementation=implementation, capacity_factor=ROOM
+    )[0]
     want = by_hand({name: weights.dense(w) for name, w in params.items()}, gates, chosen)
     np.testing.assert_allclose(jax.jit(run)(params), want, rtol=1e-4, atol=1e-3)
 
@@ -101,10 +103,11 @@ def value_and_grad(implementation, params, x, logits):
 
 MESHES = {
     "one device": None,
-    "expert=8, which four do not divide": dict(expert=8),
+    "expert=8": dict(expert=8),
     "expert=2 fsdp=2 tensor=2": dict(expert=2, fsdp=2, tensor=2),
     "data=2 expert=4": dict(data=2, expert=4),
     "context=2 expert=2 tensor=2": dict(context=2, expert=2, tensor=2),
+    "fsdp=2 context=2 expert=2": dict(fsdp=2, context=2, expert=2),
 }
 
 
@@ -131,6 +134,179 @@ def test_an_expert_that_nobody_chose_has_no_gradient_and_no_say():
         loss = lambda params, run=run: jnp.sum(run(params)[0] ** 2)
         for g in jax.tree.leaves(jax.grad(loss)({name: jnp.asarray(w) for name, w in PARAMS.items()})):
             assert np.abs(g[2]).max() > 0 and not np.delete(np.asarray(g), 2, axis=0).any()
+
+
+# -- room, and what finds none ----------------------------------------------------------------------------------------------
+
+
+def by_hand_in_room(gates, chosen, experts, factor, parts, real):
+    """(gates, 0 where dropped; how many were dropped): each of `parts` pieces of the tokens fills its places, the likeliest choices first."""
+    kept, dropped = np.zeros((B * T, C)), 0
+    for tokens in np.split(np.arange(B * T), parts):
+        places = np.full(experts, min(len(tokens), int(np.ceil(factor * C * len(tokens) / experts))))
+        for c, m in ((c, m) for c in range(C) for m in tokens if real.reshape(-1)[m]):
+            e = chosen.reshape(-1, C)[m, c]
+            kept[m, c], dropped = (gates.reshape(-1, C)[m, c], dropped) if places[e] > 0 else (0, dropped + 1)
+            places[e] -= 1
+    return kept.reshape(B, T, C), dropped
+
+
+HOLES = np.random.default_rng(5).random((B, T)) > 0.3
+CROWDED = {
+    "one device": (None, 1, E),
+    "data=2 expert=4": (dict(data=2, expert=4), 8, E),
+    "expert=2 tensor=4": (dict(expert=2, tensor=4), 2, E),
+    "six experts do not divide over four": (dict(data=2, expert=4), 8, 6),
+}
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.6])
+@pytest.mark.parametrize("real", [None, HOLES], ids=["whole rows", "padded"])
+@pytest.mark.parametrize("sizes, parts, experts", CROWDED.values(), ids=CROWDED)
+def test_what_finds_no_room_is_counted_and_adds_nothing(sizes, parts, experts, real, factor):
+    """Padding takes no room and adds nothing."""
+    mesh, params = None if sizes is None else sharding.make_mesh(**sizes), {name: jnp.asarray(w[:experts]) for name, w in PARAMS.items()}
+    _, gates, chosen = ops.route(LOGITS[..., :experts], C, normalize=True)
+    run = functools.partial(ops.mixture, expert, axes=AXES, implementation="capacity", capacity_factor=factor)
+    with sharding.tracing_on(mesh):
+        y, dropped = jax.jit(run)(X, gates, chosen, params, real_BT=real)
+    kept, want = by_hand_in_room(
+        np.asarray(gates), np.asarray(chosen), experts, factor, parts, np.ones((B, T), bool) if real is None else real
+    )
+    assert int(dropped) == want > 0
+    np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
+
+
+WITHOUT_EXCHANGE = {
+    "six experts over four": (dict(data=2, expert=4), B, 6, (), "expert"),
+    "three rows over two": (dict(expert=2, fsdp=2, tensor=2), 3, E, ("expert",), "fsdp"),
+}
+
+
+@pytest.mark.parametrize("way", ["ragged", "exchange", "capacity"])
+@pytest.mark.parametrize("sizes, rows, experts, shared, width", WITHOUT_EXCHANGE.values(), ids=WITHOUT_EXCHANGE)
+def test_what_does_not_divide_stays(sizes, rows, experts, shared, width, way):
+    """The axis carries the weights' width instead of the experts, or every device looks at all tokens: no token travels, and all is as on one device."""
+    mesh, params = sharding.make_mesh(**sizes), {name: jnp.asarray(w[:experts]) for name, w in PARAMS.items()}
+    place = sharding.shardings(params, AXES, mesh)
+    assert place["gate"].spec[1] == width
+    group, *_ = ops.moe._group(X[:rows], params, AXES, mesh, sharding.TABLE)
+    assert group == (shared, False)
+    _, gates, chosen = ops.route(LOGITS[:rows, :, :experts], C, normalize=True)
+
+    def loss(params, x, way):
+        return jnp.sum(ops.mixture(expert, x, gates, chosen, params, AXES, implementation=way, capacity_factor=experts)[0] ** 2)
+
+    want = jax.jit(jax.value_and_grad(functools.partial(loss, way="reference"), (0, 1)))(params, X[:rows])
+    with sharding.tracing_on(mesh):
+        step = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, way=way), (0, 1))).lower(jax.device_put(params, place), X[:rows]).compile()
+        )
+    assert "all-to-all" not in step.as_text()
+    got = step(jax.device_put(params, place), X[:rows])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), *jax.device_get((got, want)))
+
+
+# -- the parts that a platform has of its own -------------------------------------------------------------------------------
+
+
+def test_the_stand_in_does_what_ragged_all_to_all_is_documented_to_do():
+    mesh, given = (
+        sharding.make_mesh(expert=2, devices=jax.devices()[:2]),
+        ([1.0, 2, 2, 3, 4, 0], [0, 1, 0, 1], [1, 2, 1, 1], [0, 0, 1, 2], [1, 1, 2, 1]),
+    )
+    of = jax.sharding.PartitionSpec("expert")
+    run = jax.shard_map(functools.partial(ops.moe._ragged_all_to_all, axis_name="expert"), mesh=mesh, in_specs=(of,) * 6, out_specs=of)
+    operand, *slices = map(jnp.asarray, given)
+    got = jax.jit(run)(operand[:, None], jnp.zeros((8, 1)), *slices)
+    np.testing.assert_array_equal(got[:, 0], [1, 3, 0, 0, 2, 2, 4, 0])
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 20, 7], [0, 0, 0, 0], [48, 0, 0, 0]], ids=str)
+def test_the_tpu_kernel_is_ragged_dot(sizes):
+    """Interpreted, where memory that nobody wrote is nan: rows of no group touch nothing, a group without rows has gradient 0."""
+    x, w, toward, sizes = jnp.asarray(draw(48, D)), jnp.asarray(draw(4, D, F)), draw(48, F), jnp.asarray(sizes, jnp.int32)
+    ours = (np.arange(48) < int(sizes.sum()))[:, None]
+    loss = lambda product: lambda x, w: jnp.sum(jnp.where(ours, product(x, w, sizes) * toward, 0))
+    want = jax.jit(jax.value_and_grad(loss(jax.lax.ragged_dot), (0, 1)))(jnp.where(ours, x, 0), w)
+    value, (dx, dw) = jax.jit(jax.value_and_grad(loss(ops.moe._gmm), (0, 1)))(jnp.where(ours, x, jnp.nan), w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), (value, jnp.where(ours, dx, 0), dw), (want[0], *want[1]))
+
+
+class Chip:
+    """A device of a machine that is not here."""
+
+    platform, device_kind, process_index, slice_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, number):
+        self.id, self.coords, self.core_on_chip = number, (number % 4, number // 4, 0), 0
+
+
+DEFAULTS = {"a group larger than the choices": (dict(fsdp=2, expert=4), "exchange"), "no larger": (dict(data=4, expert=2), "ragged"),
+            "no group": (dict(fsdp=8), "ragged")}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes, want", DEFAULTS.values(), ids=DEFAULTS)
+def test_what_runs_where_nothing_is_said_drops_nothing(sizes, want):
+    choose = functools.partial(ops.moe._choose, X, jnp.zeros((B, T, C), int), PARAMS, AXES)
+    assert choose() == "reference"
+    with sharding.tracing_on(sharding.make_mesh(**sizes, devices=[Chip(i) for i in range(8)])):
+        assert choose() == want
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "expert=2 fsdp=4": dict(fsdp=4, expert=2),
+    "expert=4 data=2": dict(data=2, expert=4),
+    "expert=8": dict(expert=8),
+    "expert=2 fsdp=2 tensor=2": dict(fsdp=2, expert=2, tensor=2),
+    "expert=4 tensor=2": dict(expert=4, tensor=2),
+    "data=2 expert=2 context=2": dict(data=2, expert=2, context=2),
+}
+EIGHT = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_experts"}
+
+
+@functools.cache
+def trained(family, way, mesh):
+    """The loss of a batch of rows of very different lengths, and every gradient; its metrics."""
+    mesh = None if mesh is None else sharding.make_mesh(**dict(mesh))
+    model = models.create(family, size="tiny", router_aux_loss_coef=0.1, dispatch=way, capacity_factor=E / 2, **{EIGHT[family]: E})
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, (8, 17))
+    real = np.arange(16) < rng.integers(4, 17, (8, 1))
+    batch = {"input_ids": ids[:, :-1], "labels": np.where(real, ids[:, 1:], -100), "segment_ids": real.astype(np.int32)}
+    params = jax.jit(model.init)(jax.random.key(0))
+    if mesh is not None:
+        params, batch = jax.device_put((params, batch), (sharding.shardings(params, model.axes, mesh), sharding.batch_sharding(mesh)))
+
+    @jax.jit
+    def run(params, batch):
+        with sharding.tracing_on(mesh):
+            return train.gradients(tasks.token_loss(model), params, jax.tree.map(lambda _: None, params), batch, None)
+
+    grads, loss, metrics, _ = jax.device_get(run(params, batch))
+    return grads, float(loss.value), {name: float(m.value) for name, m in metrics.items()}
+
+
+ALL = SIZES["expert=2 fsdp=2 tensor=2"]
+QUICK = ("mixtral", ALL, "exchange")
+LAWS = [("mixtral", sizes, way) for sizes in SIZES.values() for way in WAYS]
+LAWS += [(family, ALL, way) for family in ("qwen2_moe", "qwen3_moe") for way in WAYS[1:]]
+
+
+@pytest.mark.parametrize("family, sizes, way", [pytest.param(*law, marks=[] if law == QUICK else pytest.mark.slow) for law in LAWS])
+def test_every_way_on_every_mesh_teaches_what_one_device_does(family, sizes, way):
+    (grads, loss, metrics), (want_grads, want, want_metrics) = (
+        trained(family, way, tuple(sizes.items())),
+        trained(family, "reference", None),
+    )
+    assert loss == pytest.approx(want, rel=1e-5)
+    assert metrics["aux_loss"] == pytest.approx(want_metrics["aux_loss"], rel=1e-5)
+    assert metrics.get("dropped", 0) == 0 and ("dropped" in metrics) == (way == "capacity")
+    for (name, g), (_, one) in zip(trees.named_leaves(grads), trees.named_leaves(want_grads), strict=True):
+        # float32, sums in another order over at most 8 x 16 x 256 terms
+        np.testing.assert_allclose(g, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)
 
 
 # -- balance ---------------------------------------------------------------------------------------------------------------
@@ -161,8 +337,8 @@ def test_the_load_balance_loss_by_hand():
     even = np.zeros((1, E, E), np.float32)
     even[0, np.arange(E), np.arange(E)], even[0, np.arange(E), (np.arange(E) + 1) % E] = 1.1, 1.0
     np.testing.assert_allclose(ops.load_balance(stacked_sums([even], None)), C, rtol=1e-5)
-    one = np.tile(np.array([40.0, 40.0, 0, 0], np.float32), (1, 3, 1))
-    np.testing.assert_allclose(ops.load_balance(stacked_sums([one], None)), E * C / 2, rtol=1e-5)  # two of four share p
+    one = np.tile(np.array([40.0, 40.0] + [0.0] * (E - 2), np.float32), (1, 3, 1))
+    np.testing.assert_allclose(ops.load_balance(stacked_sums([one], None)), E * C / 2, rtol=1e-5)  # two share p
 
 
 def test_padding_has_no_say_in_the_balance():
@@ -172,7 +348,7 @@ def test_padding_has_no_say_in_the_balance():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="5 experts a token cannot be chosen from 4"):
-        ops.route(jnp.asarray(LOGITS), 5, normalize=True)
-    with pytest.raises(ValueError, match="no implementation 'sorted'; take one of reference, ragged, or None"):
+    with pytest.raises(ValueError, match="9 experts a token cannot be chosen from 8"):
+        ops.route(jnp.asarray(LOGITS), 9, normalize=True)
+    with pytest.raises(ValueError, match="no implementation 'sorted'; take one of reference, ragged, exchange, capacity, or None"):
         ops.mixture(expert, X, LOGITS[..., :C], jnp.zeros((B, T, C), int), PARAMS, AXES, implementation="sorted")

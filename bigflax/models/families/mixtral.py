@@ -9,6 +9,7 @@ from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Norm, Transformer
 from bigflax.nn import Moe, Rope, head_width, normal
+from bigflax.ops.moe import CAPACITY
 
 SIZES = {
     "tiny": dict(
@@ -41,6 +42,8 @@ def build(
     router_aux_loss_coef: float = 0.001,  # what tasks.token_loss weighs the load-balance loss by
     head: str | None = "causal_lm",
     num_labels: int = 2,
+    dispatch: str | None = None,  # how tokens reach their experts: ops/moe.py
+    capacity_factor: float = CAPACITY,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -50,7 +53,11 @@ def build(
         num_attention_heads, head_dim or head_width(hidden_size, num_attention_heads), num_key_value_heads,
         rope=Rope(rope_theta, scaling=rope_scaling), window=sliding_window, init=init, out_init=init,
     )  # fmt: skip
-    block = Block(attention, Moe(num_local_experts, num_experts_per_tok, intermediate_size, hidden_act, init=init, out_init=init), norm())
+    moe = Moe(
+        num_local_experts, num_experts_per_tok, intermediate_size, hidden_act, implementation=dispatch, capacity_factor=capacity_factor,
+        init=init, out_init=init,
+    )  # fmt: skip
+    block = Block(attention, moe, norm())
     return Transformer(
         embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), groups=(Group((block,), num_hidden_layers),), norm=norm(),
         head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init), remat=remat, unroll=unroll,

@@ -9,6 +9,7 @@ from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating, attention_kinds
 from bigflax.nn import Moe, Rope, head_width, normal
+from bigflax.ops.moe import CAPACITY
 
 SIZES = {
     "tiny": dict(
@@ -48,6 +49,8 @@ def build(
     router_aux_loss_coef: float = 0.001,  # what tasks.token_loss weighs the load-balance loss by
     head: str | None = "causal_lm",
     num_labels: int = 2,
+    dispatch: str | None = None,  # how tokens reach their experts: ops/moe.py
+    capacity_factor: float = CAPACITY,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -68,6 +71,8 @@ def build(
             hidden_act,
             normalize=norm_topk_prob,
             shared=shared,
+            implementation=dispatch,
+            capacity_factor=capacity_factor,
             init=init,
             out_init=init,
         )

@@ -9,6 +9,7 @@ from bigflax.models.families import llama, qwen2_moe, qwen3
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Norm, Transformer
 from bigflax.nn import Moe, Rope, head_width, normal
+from bigflax.ops.moe import CAPACITY
 
 _PUBLISHED = dict(head_dim=128, norm_topk_prob=True, rope_theta=1e6, max_position_embeddings=40960)
 SIZES = {
@@ -46,6 +47,8 @@ def build(
     router_aux_loss_coef: float = 0.001,  # what tasks.token_loss weighs the load-balance loss by
     head: str | None = "causal_lm",
     num_labels: int = 2,
+    dispatch: str | None = None,  # how tokens reach their experts: ops/moe.py
+    capacity_factor: float = CAPACITY,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
@@ -55,7 +58,10 @@ def build(
         num_attention_heads, head_dim or head_width(hidden_size, num_attention_heads), num_key_value_heads, norm=norm(), bias=attention_bias,
         rope=Rope(rope_theta, scaling=rope_scaling), window=sliding_window if use_sliding_window else None, init=init, out_init=init,
     )  # fmt: skip
-    moe = Moe(num_experts, num_experts_per_tok, moe_intermediate_size, hidden_act, normalize=norm_topk_prob, init=init, out_init=init)
+    moe = Moe(
+        num_experts, num_experts_per_tok, moe_intermediate_size, hidden_act, normalize=norm_topk_prob, implementation=dispatch,
+        capacity_factor=capacity_factor, init=init, out_init=init,
+    )  # fmt: skip
     return Transformer(
         embed=Embed(vocab_size, hidden_size, dtype=dtype, init=init), groups=(Group((Block(attention, moe, norm()),), num_hidden_layers),),
         norm=norm(), head=decoder_head(head, vocab=vocab_size, tied=tie_word_embeddings, labels=num_labels, init=init),
