@@ -199,7 +199,9 @@ def stack(
     return scan(block, x, each)
 
 
-def _pipeline(block: nn.Module, plan: pipeline.Plan, x: jax.Array, policy: Any, tied: bool, shared: dict[str, Any]) -> tuple[jax.Array, Any]:
+def _pipeline(
+    block: nn.Module, plan: pipeline.Plan, x: jax.Array, policy: Any, tied: bool, shared: dict[str, Any]
+) -> tuple[jax.Array, Any]:
     free = block.clone(parent=None)
 
     def layer(weights, x, shared, key):

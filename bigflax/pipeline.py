@@ -16,10 +16,12 @@ Bubbles compute on real rows, so that nothing overflows there; what they compute
 What it costs: weights that lie over fsdp are gathered in every tick, not once a pass; the input is gathered over the stages, and the output summed
 over them, once a step. Left out on purpose: schedules that mix forward and backward (1F1B); with remat "full" a tick keeps its input alone.
 
-Legend: B rows, S stages, M micro-batches, R rounds, L layers, C = L / (S R) layers of a piece, T ticks.
+Legend: B rows, S stages, M micro-batches, R rounds, L layers, C = L / (S R) layers of a piece, T ticks, G groups of rows over `data` and `slice`.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +55,9 @@ def plan(layers: int, rows: int) -> Plan | None:
     axes = () if layout is None else axes_of("layers", layers, layout.mesh, layout.table)
     if layout is None or not axes:
         return None
-    stages = int(np.prod([layout.mesh.shape[axis] for axis in axes]))
+    _, alone, others = _inside(layout)
+    stages, shares = _size(layout, axes), _size(layout, alone + others)
     micro, repeats = layout.micro_batches or stages, layout.repeats
-    shares = int(np.prod([layout.mesh.shape[axis] for axis in _inside(layout)[1]]))
     if micro % stages:
         raise ValueError(f"{micro} micro-batches do not fill a pipeline of {stages} stages evenly; take a multiple of {stages}")
     if layers % (stages * repeats):
@@ -68,9 +70,11 @@ def plan(layers: int, rows: int) -> Plan | None:
     return Plan(axes, stages, micro, repeats, layers // (stages * repeats))
 
 
-def check(layout: Layout) -> None:
-    """Raises ValueError where the mesh has stages and nothing traced under the layout was a pipeline: its devices would all do the same."""
-    idle = {axis: size for axis, size in layout.mesh.shape.items() if size > 1 and axis == layout.table.get("layers")}
+def check() -> None:
+    """Raises ValueError where the mesh of the enclosing step has stages, and nothing traced in it so far was a pipeline."""
+    if (layout := current_layout()) is None:
+        return
+    idle = {axis: layout.mesh.shape[axis] for axis in _axes(layout.table.get("layers")) if layout.mesh.shape.get(axis, 1) > 1}
     if idle and not layout.pipelines:
         said = ", ".join(f"{axis}={size}" for axis, size in idle.items())
         raise ValueError(
@@ -94,8 +98,9 @@ def run(
     layout = current_layout()
     assert layout is not None
     layout.pipelines.append(plan)
-    table, rows = _inside(layout)
+    table, alone, rows = _inside(layout)
     axes, S, M, R, C = plan
+    G, L = _size(layout, alone), S * R * C
     B, k = len(x), np.arange(M * R + S - 1)[:, None] - np.arange(S)
     m_TS, r_TS = k % (M * R) // (S * R) * S + k % S, k % (M * R) // S % R
 
@@ -104,11 +109,19 @@ def run(
         spec = PartitionSpec(*where, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - len(where)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
 
-    cut = lambda x: place(place(x, rows).reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1), None, rows)
-    join = lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:])
-    # A copy for each stage: its gradient is then summed over the stages once, not in every tick.
-    copies = lambda x: place(jnp.broadcast_to(x, (S, *x.shape)), axes)
-    pieces = lambda w: place(place(w.reshape(R, S, C, *w.shape[1:]), None, axes).swapaxes(0, 1), axes)
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, ...] as [M, G, B / (M G), ...]; every device keeps its own rows."""
+        x = place(x, alone + rows).reshape(G, B // (M * G), M, *x.shape[1:])
+        return place(jnp.moveaxis(x, 2, 0), None, alone, rows)
+
+    def copies(x: jax.Array) -> jax.Array:
+        """One for each stage and group of rows: so gradients are summed over those axes once, not in every tick."""
+        return place(jnp.broadcast_to(x, (S, G, *x.shape)), axes, alone)
+
+    def pieces(w: jax.Array) -> jax.Array:
+        """[L, ...] as [S, G, R, C, ...]."""
+        w = place(place(w.reshape(R, S, C, *w.shape[1:]), None, axes).swapaxes(0, 1), axes)
+        return place(jnp.broadcast_to(w[:, None], (S, G, *w.shape[1:])), axes, alone)
 
     leaves, tree = jax.tree.flatten(shared)
     has_rows = [isinstance(leaf, jax.Array) and leaf.ndim > 1 and len(leaf) == B for leaf in leaves]
@@ -122,12 +135,12 @@ def run(
 
     remembered = call if policy is None else jax.checkpoint(call, policy=_below_stages(policy), prevent_cse=False)
 
-    def stage(w, x, by_rows, whole, s, m, r):
-        """One piece of the model on one micro-batch: (x, seen with a leading axis of C)."""
+    def stage(w, x, by_rows, whole, s, m, r, g):
+        """One piece of the model on one group of a micro-batch: (x, seen with a leading axis of C)."""
 
         def one(x, c_w):
             c, w = c_w
-            fold = None if key is None else jax.random.fold_in(jax.random.fold_in(key, (r * S + s) * C + c), m)
+            fold = None if key is None else jax.random.fold_in(jax.random.fold_in(key, (r * S + s) * C + c), m * G + g)
             return remembered(w, x, by_rows, whole, fold)
 
         if tied:
@@ -139,46 +152,63 @@ def run(
     per_stage = jax.tree.map(copies if tied else pieces, weights)
     by_rows = [leaf for leaf, row in zip(leaves, has_rows, strict=True) if row]
     whole = [leaf for leaf, array in zip(leaves, is_whole, strict=True) if array]
-    of_stage = lambda s: (jnp.arange(S) == s).reshape(S, *[1] * x.ndim)
+    of_stage = lambda s: (jnp.arange(S) == s).reshape(S, *[1] * (x.ndim + 1))
+    run_groups = jax.vmap(stage, (0, 0, 0, 0, None, None, None, 0), spmd_axis_name=alone)
+    run_stages = jax.vmap(run_groups, (0, 0, 0, 0, 0, 0, 0, None), spmd_axis_name=axes)
 
     def tick(state, now):
         fresh, by_rows, m, r = now
         state = jnp.where(of_stage(0) & (r[0] == 0), fresh, state)
         with tracing_on(layout.mesh, table):
-            out, seen = jax.vmap(stage, spmd_axis_name=axes)(per_stage, state, by_rows, copied, jnp.arange(S), m, r)
-        return place(jnp.roll(place(out, axes, rows), 1, axis=0), axes, rows), (out, seen)
+            out, seen = run_stages(per_stage, state, by_rows, copied, jnp.arange(S), m, r, jnp.arange(G))
+        return place(_hand_on(place(out, axes, alone, rows)), axes, alone, rows), (out, seen)
 
     copied, x_M = [copies(leaf) for leaf in whole], cut(x)
-    fresh = place(jnp.broadcast_to(x_M[m_TS[:, 0]][:, None], (len(m_TS), S, *x_M.shape[1:])), None, axes, rows)
-    given = [place(cut(leaf)[m_TS], None, axes, rows) for leaf in by_rows]
-    start = place(jnp.broadcast_to(x_M[0], (S, *x_M.shape[1:])), axes, rows)
-    _, (out, seen) = jax.lax.scan(tick, start, (fresh, given, jnp.asarray(m_TS), jnp.asarray(r_TS)))
+    to_stages = lambda x: place(jnp.broadcast_to(x[:, None], (len(x), S, *x.shape[1:])), None, axes, alone, rows)
+    given = [place(cut(leaf)[m_TS], None, axes, alone, rows) for leaf in by_rows]
+    now = to_stages(x_M[m_TS[:, 0]]), given, jnp.asarray(m_TS), jnp.asarray(r_TS)
+    _, (out, seen) = jax.lax.scan(tick, to_stages(x_M[:1])[0], now)
 
     last = out[S - 1 :].reshape(M // S, R, S, *out.shape[1:])[:, -1].reshape(M, *out.shape[1:])
-    y = join(jnp.sum(jnp.where(of_stage(S - 1), last, 0), axis=1))
+    y = jnp.moveaxis(jnp.sum(jnp.where(of_stage(S - 1), last, 0), axis=1), 0, 2).reshape(x.shape)
     if not jax.tree.leaves(seen):
         return y, seen
     shapes = jax.eval_shape(call, weights if tied else jax.tree.map(lambda w: w[0], weights), x, by_rows, whole, key)[1]
 
-    def whole_again(x, like):
-        """[T, S, C, ...] as [L, ...]: of each stage the M R ticks that were no bubbles, in the order of layers and rows."""
+    def joined(x, like):
+        """[T, S, G, C, ...] as [L, ...]: of each stage the M R ticks that were no bubbles, in the order of layers and rows."""
         x = jax.vmap(lambda x, s: jax.lax.dynamic_slice_in_dim(x, s, M * R), (1, 0), spmd_axis_name=axes)(x, jnp.arange(S))
-        x = x.reshape(S, M // S, R, S, *x.shape[2:])
-        x = jnp.moveaxis(x, (2, 0, 4), (0, 1, 2)).reshape(L, M, *x.shape[5:])
-        if x.shape[2:] == like.shape:
-            return jnp.sum(x, axis=1)
-        return x.swapaxes(1, 2).reshape(len(x), *like.shape)
+        x = jnp.moveaxis(x.reshape(S, M // S, R, S, G, C, *x.shape[4:]), (2, 0, 5, 4), (0, 1, 2, 3)).reshape(L, G, M, *x.shape[4:])
+        return jnp.sum(x, axis=(1, 2)) if x.shape[3:] == like.shape else jnp.moveaxis(x, 2, 3).reshape(L, *like.shape)
 
-    L = S * R * C
-    return y, jax.tree.map(whole_again, seen, shapes)
+    return y, jax.tree.map(joined, seen, shapes)
 
 
-def _inside(layout: Layout) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The table within a stage, where its mesh axes are taken, and the axes over which the rows of a micro-batch lie."""
-    taken = layout.table["layers"]
-    taken = (taken,) if isinstance(taken, str) else tuple(taken)
-    table = {name: tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a not in taken) for name, axes in layout.table.items()}
-    return table, batch_axes(layout.mesh, table)
+def _inside(layout: Layout) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """(the table within a stage, axes that carry nothing but rows, the other axes of rows). A micro-batch lies over the latter two."""
+    tuples = {name: _axes(axes) for name, axes in layout.table.items()}
+    rows = [axis for axis in batch_axes(layout.mesh, layout.table) if axis not in tuples["layers"]]
+    others = {axis for name, axes in tuples.items() if name != "batch" for axis in axes}
+    alone = tuple(itertools.takewhile(lambda axis: axis not in others, rows))
+    taken = {*tuples["layers"], *alone}
+    return {name: tuple(axis for axis in axes if axis not in taken) for name, axes in tuples.items()}, alone, tuple(rows[len(alone) :])
+
+
+def _axes(axes: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _size(layout: Layout, axes: Iterable[str]) -> int:
+    return math.prod(layout.mesh.shape[axis] for axis in axes)
+
+
+@jax.custom_vjp
+def _hand_on(x: jax.Array) -> jax.Array:
+    """Each stage's output to the next one: one collective-permute forward and one back, where the derivative of a roll would be two."""
+    return jnp.roll(x, 1, axis=0)
+
+
+_hand_on.defvjp(lambda x: (_hand_on(x), None), lambda _, g: (jnp.roll(g, -1, axis=0),))
 
 
 def _below_stages(policy: Policy) -> Policy:

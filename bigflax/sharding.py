@@ -46,10 +46,10 @@ class Layout(NamedTuple):
     """What a function traced inside of a step may know of where it will run."""
 
     mesh: Mesh
-    table: Table = TABLE
-    micro_batches: int | None = None  # of a pipeline (pipeline.py); None: one for each stage
-    repeats: int = 1
-    pipelines: list[Any] = []  # the plans of those that were traced
+    table: Table
+    micro_batches: int | None  # of a pipeline (pipeline.py); None: one for each stage
+    repeats: int
+    pipelines: list[Any]  # the plans of those that were traced
 
 
 _tracing: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("bigflax_layout", default=None)
@@ -175,11 +175,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 @contextlib.contextmanager
 def tracing_on(mesh: Mesh | None, table: Table = TABLE, *, micro_batches: int | None = None, repeats: int = 1):
-    """While a function is traced inside, `constrain` speaks of this mesh, and `platform` of its devices; gives the layout."""
-    layout = None if mesh is None else Layout(mesh, table, micro_batches, repeats, [])
-    token = _tracing.set(layout)
+    """While a function is traced inside, `constrain` speaks of this mesh, and `platform` of its devices."""
+    token = _tracing.set(None if mesh is None else Layout(mesh, table, micro_batches, repeats, []))
     try:
-        yield layout
+        yield
     finally:
         _tracing.reset(token)
 

@@ -146,10 +146,10 @@ def train_step(
     mesh = state.mesh
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, jax.Array]]:
-        with tracing_on(mesh, table, micro_batches=micro_batches, repeats=repeats) as layout:
+        with tracing_on(mesh, table, micro_batches=micro_batches, repeats=repeats):
             rng = jax.random.fold_in(jax.random.key(seed), state.step)
             grads, loss, metrics, moved = gradients(loss_fn, state.params, state.frozen, batch, rng, accumulate)
-            pipeline.check(layout)
+            pipeline.check()
             moved = _as_frozen(moved, state, same.frozen)
             norm = optim.global_norm(grads)
             updates, opt = tx.update(grads, state.opt, state.params)
