@@ -26,8 +26,9 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "gpt2, a head of its own": ("gpt2", {"tie_word_embeddings": False}, ALL, True, None),
     "gpt2, a vocabulary that does not divide": ("gpt2", {"vocab_size": 257}, ALL, True, None),
     "llama tied, full remat": ("llama", {"tie_word_embeddings": True, "remat": "full"}, ALL, True, None),
-    "bert, a head in chunks": ("bert", {}, ALL, False, 256),
-    "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 256),
+    "bert, a head in chunks": ("bert", {}, ALL, False, 48),
+    "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 48),
+    "llama, a head in chunks": ("llama", {}, {"fsdp": 8}, True, 48),
     "mixtral, experts apart": ("mixtral", {}, {"fsdp": 2, "expert": 2, "tensor": 2}, True, None),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
 }
