@@ -57,34 +57,23 @@ class Embed(nn.Module):
         if not isinstance(input_ids, jax.core.Tracer) and (worst := int(np.asarray(input_ids).max(initial=0))) >= self.vocab:
             raise ValueError(f"token id {worst} is outside of the vocabulary of {self.vocab}; is it the tokenizer of another model?")
         w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init) if table is None else table
-        # Rows are looked up in a table that is whole in its width: XLA cannot shard the lookup's output by batch and by width at once.
-        x_BTD = ops.take(whole_rows(w_VD, "vocab"), input_ids, self.dtype)
+        x_BTD = ops.take(w_VD, input_ids, self.dtype)
         if self.scale is not None:  # rounded to the activations' dtype first, as the models that have it were trained
             x_BTD *= jnp.asarray(self.scale, x_BTD.dtype)
         if self.positions:
             if position_ids is None and input_ids.shape[1] > self.positions:
                 raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.positions} learned positions; cut the sequences")
             at = jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
-            x_BTD += ops.take(
-                whole_rows(
-                    weight(self, "positions", (self.positions + self.first_position, self.features), "positions <- embed", self.init)
-                ),
-                at + self.first_position,
-                self.dtype,
-            )
+            rows = self.positions + self.first_position
+            w_PD = weight(self, "positions", (rows, self.features), "positions <- embed", self.init)
+            x_BTD += ops.take(w_PD, at + self.first_position, self.dtype, axes=("positions", "embed"))
         if self.types:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            x_BTD += ops.take(
-                whole_rows(weight(self, "types", (self.types, self.features), "types <- embed", self.init)), kinds, self.dtype
-            )
+            w_KD = weight(self, "types", (self.types, self.features), "types <- embed", self.init)
+            x_BTD += ops.take(w_KD, kinds, self.dtype, axes=("types", "embed"))
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         return constrain(dropout(self, x_BTD, self.dropout), "batch", "seq", None), w_VD
-
-
-def whole_rows(w_VD: Any, rows: str | None = None) -> Any:
-    """The table gathered over the axis that shards its width (once a pass, as FSDP gathers any weight); `rows` stay as they lie."""
-    return constrain(w_VD, rows, None) if isinstance(w_VD, jax.Array) else w_VD
 
 
 class Block(nn.Module):

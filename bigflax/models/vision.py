@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import ops
-from bigflax.models.transformer import Inputs, whole_rows
+from bigflax.models.transformer import Inputs
 from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Norm, dropout, weight, zeros
 from bigflax.sharding import constrain
 
@@ -74,7 +74,7 @@ class PatchEmbed(nn.Module):
         x_BTD = ops.einsum("btcpq,cpqd->btd", patches, weight(self, "patches", (C, P, Q, D), "_ _ _ -> embed", self.init))
         if self.bias:
             x_BTD += weight(self, "patches_bias", (D,), "norm", zeros).astype(x_BTD.dtype)
-        learned = lambda name, n: whole_rows(weight(self, name, (n, D), "_ <- embed", self.init), None).astype(x_BTD.dtype)
+        learned = lambda name, n: constrain(weight(self, name, (n, D), "_ <- embed", self.init), None, None).astype(x_BTD.dtype)
         repeated = lambda w_TD: jnp.broadcast_to(w_TD, (B, *w_TD.shape))
         n, at_TD = len(self.tokens), learned("positions", len(self.tokens) + whole[0] * whole[1])
         if (rows, columns) != whole:

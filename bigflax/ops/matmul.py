@@ -9,7 +9,9 @@ import string
 import jax
 import jax.numpy as jnp
 import qwix
+from jax.sharding import NamedSharding
 
+from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, spec
 from bigflax.weights import LoRA, Quantized, Weight, dense
 
 
@@ -28,16 +30,29 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
     return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision)
 
 
-def take(w_VD: Weight, ids: jax.Array, dtype=None) -> jax.Array:
-    """Rows of a weight: [V, D], ids [...] -> [..., D]. Ids outside 0..V-1 are clipped, as everywhere in JAX."""
+def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str, str | None] = ("vocab", "embed")) -> jax.Array:
+    """Rows of a weight, whose `axes` these are: [V, D], ids [...] -> [..., D]. Ids outside 0..V-1 are clipped, as everywhere in JAX."""
     if isinstance(w_VD, LoRA):
-        rows = take(w_VD.base, ids, dtype)
-        return rows + (take(w_VD.a, ids, rows.dtype) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
+        rows = take(w_VD.base, ids, dtype, axes=axes)
+        return rows + (take(w_VD.a, ids, rows.dtype, axes=(axes[0], None)) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
     if isinstance(w_VD, Quantized):
         rows = dense(jax.tree.map(lambda part: part[ids] if part.shape[0] > 1 else part[0], w_VD))
-    else:
-        rows = w_VD.at[ids].get(mode="clip")
-    return rows if dtype is None else rows.astype(dtype)
+        return rows if dtype is None else rows.astype(dtype)
+    return _rows(w_VD, ids, w_VD.dtype if dtype is None else dtype, axes)
+
+
+def _rows(w_VD: jax.Array, ids: jax.Array, dtype, axes) -> jax.Array:
+    """Where FSDP shards the width over devices that hold different rows of ids, each looks up all their ids in the piece of the width that it
+    has, and they exchange what they found: the tokens travel, in `dtype`, and not the table, nor on the way back its gradient."""
+    layout = current_layout()
+    width = () if layout is None else axes_of(axes[1], w_VD.shape[1], layout.mesh, layout.table)
+    if layout is None or ids.ndim != 2 or not width:
+        return constrain(w_VD, *axes).at[ids].get(mode="clip").astype(dtype)
+    mesh, table = layout.mesh, layout.table
+    apart = {**table, "batch": tuple(axis for axis in batch_axes(mesh, table) if axis not in width)}
+    lay = lambda x, *names: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, apart)))
+    rows = constrain(w_VD, *axes).at[lay(ids, "batch", "seq")].get(mode="clip")
+    return constrain(lay(rows.astype(dtype), "batch", "seq", axes[1]), "batch", "seq", None)
 
 
 def _operands(spec: str) -> tuple[str, str, str]:

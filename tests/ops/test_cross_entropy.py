@@ -1,4 +1,4 @@
-"""The chunked loss head equals optax over whole logits, in values and gradients, and holds a chunk's logits only."""
+"""The chunked loss head equals optax over whole logits, in values and gradients, and holds a chunk of logits and of the weight only."""
 
 import re
 
@@ -9,16 +9,16 @@ import optax
 import pytest
 
 from bigflax.ops import linear_cross_entropy
-from bigflax.sharding import make_mesh, tracing_on
+from bigflax.sharding import make_mesh, spec, tracing_on
 from bigflax.weights import dense, lora, quantize
 
 CASES = {  # B, T, D, V, chunk, options
-    "one piece": (2, 16, 8, 37, 32, {}),
+    "one piece": (2, 16, 8, 37, 64, {}),
     "chosen": (2, 16, 8, 37, None, {}),
-    "chunks that divide": (2, 16, 8, 37, 8, {}),
+    "chunks that divide": (2, 16, 8, 36, 9, {}),
     "chunks that do not": (2, 13, 8, 37, 7, {}),
-    "a prime length": (3, 17, 8, 37, 12, {}),
-    "a token at once": (2, 5, 8, 37, 1, {}),
+    "more chunks, which divide": (2, 13, 8, 38, 30, {}),
+    "a row at once": (2, 5, 8, 37, 1, {}),
     "bias": (2, 13, 8, 37, 8, dict(bias=True)),
     "softcap": (2, 13, 8, 37, 8, dict(softcap=3.0)),
     "z-loss": (2, 13, 8, 37, 8, dict(z_loss=0.01)),
@@ -140,35 +140,67 @@ def test_only_a_chunk_of_logits_is_held(typed):
         return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w, labels).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * B * T * V
-    assert temporaries(B * T) >= logits
-    assert temporaries(64) < logits / 4  # a sixteenth a chunk, two or three of them, and dw
+    assert temporaries(V) >= logits
+    assert temporaries(64) < logits / 3  # a sixteenth a chunk, of which four or five are held
 
 
-def test_sharded_equals_unsharded():
+LAYOUTS = {  # the mesh, a bias, the chunk: five rows of 40 lie on each of 8 devices, 20 on each of 2
+    "fsdp": (dict(fsdp=8), False, 16),
+    "fsdp and tensor": (dict(fsdp=4, tensor=2), True, 5),
+    "all": (dict(data=2, fsdp=2, tensor=2), True, 8),
+    "context": (dict(data=2, context=2, tensor=2), False, 7),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_equals_unsharded(layout):
+    sizes, biased, chunk = LAYOUTS[layout]
     rng = np.random.default_rng(0)
-    x, w = jnp.asarray(rng.normal(size=(8, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(40, 8)), jnp.float32)
+    arrays = dict(x_BTD=jnp.asarray(rng.normal(size=(8, 12, 8)), jnp.float32), w_VD=jnp.asarray(rng.normal(size=(40, 8)), jnp.float32))
+    arrays |= {"bias": jnp.asarray(rng.normal(size=40), jnp.float32)} if biased else {}
     labels, g = jnp.asarray(rng.integers(0, 40, (8, 12))), jnp.ones((8, 12))
-    (expected, _), expected_grads = run(linear_cross_entropy, dict(x_BTD=x, w_VD=w), labels, g, chunk=16)
-    mesh = make_mesh(data=2, context=2, tensor=2)
-    put = lambda a, *spec: jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec)))
+    (expected, expected_correct), expected_grads = run(linear_cross_entropy, arrays, labels, g, chunk=40)
+    mesh = make_mesh(**sizes)
+    names = dict(x_BTD=("batch", "seq", None), w_VD=("vocab", "embed"), bias=("vocab",))
+    place = lambda a, names: jax.device_put(a, jax.NamedSharding(mesh, spec(names, a.shape, mesh)))
     with tracing_on(mesh):
-        arrays = dict(x_BTD=put(x, "data", "context"), w_VD=put(w, "tensor"))
-        (loss, _), grads = run(linear_cross_entropy, arrays, put(labels, "data", "context"), g, chunk=16)
+        arrays = {name: place(a, names[name]) for name, a in arrays.items()}
+        (loss, correct), grads = run(linear_cross_entropy, arrays, place(labels, ("batch", "seq")), g, chunk=chunk)
     np.testing.assert_allclose(loss, expected, atol=5e-6)  # the same sums in another order
+    np.testing.assert_array_equal(correct, expected_correct)
     for name in grads:
         np.testing.assert_allclose(grads[name], expected_grads[name], atol=2e-5)  # over 96 tokens
 
 
-def test_a_chunk_counts_the_tokens_of_one_device():
-    """On more devices there are not more chunks, each with too few rows for a product; and none at all where one holds all it may."""
+def test_a_chunk_counts_the_rows_of_one_device():
+    """Where more devices share the vocabulary there are not more chunks, and none at all where one takes all that a device has."""
 
     def chunks(mesh):
         with tracing_on(mesh):
-            loss = lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=16)[0].sum()
+            loss = lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=10)[0].sum()
             text = str(jax.make_jaxpr(loss)(jnp.ones((8, 12, 4)), jnp.ones((40, 4)), jnp.zeros((8, 12), int)))
         return int(found.group(1)) if (found := re.search(r"length=(\d+)", text)) else 1
 
-    assert [chunks(make_mesh(**sizes)) for sizes in (dict(tensor=8), dict(data=2, tensor=4), dict(data=2, fsdp=4))] == [6, 3, 1]
+    assert [chunks(make_mesh(**sizes)) for sizes in (dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, tensor=4))] == [4, 2, 1]
+
+
+def test_no_device_holds_the_whole_table():
+    """On an fsdp mesh a chunk of the weight is gathered at a time, and a chunk's gradient scattered at once."""
+    B, T, D, V = 8, 8, 64, 4096
+    mesh = make_mesh(fsdp=8)
+    place = lambda shape, dtype, *names: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec(names, shape, mesh)))
+    x, labels = place((B, T, D), jnp.float32, "batch", None, None), place((B, T), jnp.int32, "batch", None)
+    w = place((V, D), jnp.float32, "vocab", "embed")
+
+    def temporaries(chunk):
+        with tracing_on(mesh):
+            loss = lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=chunk)[0].sum()
+            step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(x.sharding, w.sharding))
+            return step.lower(x, w, labels).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 4 * V * D
+    assert temporaries(V) > whole
+    assert temporaries(256) < whole / 2  # an eighth lies here anyway, three times over: turned to chunks, as gradient, turned back
 
 
 @pytest.mark.parametrize(
