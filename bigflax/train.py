@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigflax import optim, trees
+from bigflax import optim, trees, xla
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
 from bigflax.sharding import TABLE, Table, replicated, shardings, tracing_on
@@ -128,13 +128,15 @@ Step = Callable[[State, Any], tuple[State, dict[str, Any]]]
 
 
 def train_step(
-    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, seed: int = 0, table: Table = TABLE
-) -> Step:
+    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, flags: str = "auto", seed: int = 0,
+    table: Table = TABLE,
+) -> Step:  # fmt: skip
     """The compiled step `(state, batch) -> (state, metrics)`: the state is donated and comes back as it lay, so it compiles once.
 
     `accumulate` splits the batch into that many micro-batches, weighed by their counts. A step whose loss or gradient norm is not finite
-    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. Raises
-    ValueError, when first called, for an update of what is not frozen or has another shape.
+    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. `flags`: which
+    row of `xla.FLAGS` it is compiled with, "auto" by its mesh. Raises ValueError, when first called, for an update of what is not frozen or
+    has another shape.
     """
     same = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.mesh
@@ -154,7 +156,7 @@ def train_step(
         return state, {"loss": loss, **metrics, "grad_norm": norm}, moved
 
     # The frozen tree is passed apart from what is donated, so that it may be shared between states; only what is updated comes back.
-    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None, None))
+    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None, None), compiler_options=xla.options(mesh, flags))
     def compiled(changing, frozen, batch):
         new, metrics, moved = step(changing._replace(frozen=frozen), batch)
         return new._replace(frozen=None), metrics, moved
