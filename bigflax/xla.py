@@ -6,7 +6,8 @@ it, where an unknown name in XLA_FLAGS or LIBTPU_INIT_ARGS aborts the process. W
 
 Source of what a flag does: https://openxla.org/xla/flags_guidance and /gpu_optimization_levels. Left out on purpose: what is the default of
 the compiler already (the latency-hiding scheduler and asynchronous all-gathers on TPU), and thresholds that want tuning for one model
-on one machine (combine thresholds, scoped vmem): set those in the environment.
+on one machine (combine thresholds, scoped vmem): set those in the environment. So are the flags that pipeline collectives on GPU, which
+jaxlib 0.10 and 0.12 take in two forms (openxla/xla#45836).
 """
 
 import contextlib
@@ -33,9 +34,6 @@ GPU = (
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler", True, "collectives start early and end late, and products run in between; off by default"
     ),
-    Flag("xla_gpu_enable_pipelined_all_gather", True, "the gather of a layer's weights moves into the iteration of the layer before it"),
-    Flag("xla_gpu_enable_pipelined_reduce_scatter", True, "the scatter of a layer's gradients moves into the iteration after it"),
-    Flag("xla_gpu_enable_pipelined_all_reduce", True, "the same for gradients that are whole on each device"),
     Flag("xla_gpu_enable_while_loop_double_buffering", True, "two layers an iteration: overlap beyond the loop's barrier, fewer copies"),
 )
 ALL_TO_ALL = Flag("xla_tpu_enable_async_all_to_all", True, "tokens travel to their experts while others are multiplied; off by default")
@@ -91,21 +89,21 @@ def compiling() -> Iterator[Compiled]:
     """While it is open, listens to what JAX compiles."""
     found, began = Compiled(), time.perf_counter()
 
-    def event(name: str, **_: Any) -> None:
-        found.requests += name == "/jax/compilation_cache/compile_requests_use_cache"
-        found.hits += name == "/jax/compilation_cache/cache_hits"
+    def count(event: str, **_: Any) -> None:
+        found.requests += event == "/jax/compilation_cache/compile_requests_use_cache"
+        found.hits += event == "/jax/compilation_cache/cache_hits"
 
-    def duration(name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def ready(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             found.seconds = time.perf_counter() - began
 
-    jax.monitoring.register_event_listener(event)
-    jax.monitoring.register_event_duration_secs_listener(duration)
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(ready)
     try:
         yield found
     finally:
-        jax.monitoring.unregister_event_listener(event)
-        jax.monitoring.unregister_event_duration_listener(duration)
+        jax.monitoring.unregister_event_listener(count)
+        jax.monitoring.unregister_event_duration_listener(ready)
 
 
 def announced(step: Callable[..., Any], done: Callable[[Compiled], None]) -> Callable[..., Any]:
