@@ -91,6 +91,7 @@ def _leave_hosts() -> None:
     import jax
 
     if jax.distributed.is_initialized():
+        print(f"bigflax: process {jax.process_index()} ends; if another one ended before it, that one's output says why", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
@@ -187,7 +188,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.fake_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.fake_devices)
-    cache = args.cache
+    cache = jax.config.jax_compilation_cache_dir if args.cache is None else args.cache  # pyright: ignore[reportAttributeAccessIssue]
     if cache is None:
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bigflax", "xla")
     if cache:

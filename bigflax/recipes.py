@@ -32,6 +32,7 @@ HARMLESS = (
     "fit.profile",
     "fit.save_every",
     "fit.save_minutes",
+    "step.flags",
     "checkpoint",
     "sample",
     "yardsticks",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import chips, data, models, optim, recipes, sharding, tasks, train, trees, yardsticks
+from bigflax import chips, data, models, optim, recipes, sharding, tasks, train, trees, xla, yardsticks
 from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
@@ -176,7 +176,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
     run = Run(config)
     first = jax.process_index() == 0
     say = say if first else lambda text: None
-    watch = train.Watch(**config.watch)
+    watch, cost = train.Watch(**config.watch), {}
     mode = "max" if config.watch.mode == "max" else "min"
     best = (config.watch.metric, mode) if config.fit.eval_every else None
     with Checkpoints(os.path.join(config.work, "checkpoints"), best=best, **config.checkpoint) as checkpoints, StopSignal() as stop:
@@ -200,7 +200,14 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             state = restored.state
             loader.restore(restored.data)
             say(f"resumed from step {at} of {checkpoints.folder}")
+        if flags := xla.options(run.mesh, config.step.flags):
+            say(f"XLA flags: {', '.join(f'{name}={value}' for name, value in flags.items())}")
         step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, **config.step)
+
+        def announce(compiled: xla.Compiled) -> None:
+            cost.update(compile_seconds=round(compiled.seconds, 1), compile_cache=compiled.cache)
+            say(f"compiled the step in {compiled.seconds:.1f} s (cache {compiled.cache})")
+
         meter = Meter(
             flops_per_step=train.model_flops(run.loss_fn, run.model.shapes(), loader.spec),
             peak_flops=chips.peak_flops(),
@@ -209,7 +216,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
         try:
             state = train.fit(
-                state, step, loader, **config.fit, evaluate=run.evaluator(), checkpoints=checkpoints,
+                state, xla.announced(step, announce), loader, **config.fit, evaluate=run.evaluator(), checkpoints=checkpoints,
                 meta={"config": recipes.flat(config)}, write=writers.write, meter=meter, watch=watch, stop=stop,
             )  # fmt: skip
         finally:
@@ -221,7 +228,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         return stop.CODE
     text = run.sample(state.weights)
     if first:
-        summarize(run, int(state.step), text, time.perf_counter() - began, say)
+        summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
     return 0
 
 
@@ -256,8 +263,8 @@ def describe(run: Run) -> str:
     )
 
 
-def summarize(run: Run, step: int, text: str | None, seconds: float, say: Callable[[str], None]) -> None:
-    """The end of a run: the curve as PNG and in the terminal, held-out figures beside the yardsticks, a sample; all in summary.json too."""
+def summarize(run: Run, step: int, text: str | None, seconds: float, cost: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """The end of a run: the curve as PNG and in the terminal, held-out figures beside the yardsticks, a sample; all in summary.json, with `cost`."""
     config, history = run.config, read_jsonl(os.path.join(run.work, "metrics.jsonl"))
     plot_curves(history, os.path.join(run.work, "loss.png"))
     say("\n" + terminal_curve(*points(history, "loss")) + "\n")
@@ -273,7 +280,7 @@ def summarize(run: Run, step: int, text: str | None, seconds: float, say: Callab
         say(f"\n{'sample':-^72}\n{text}\n{'':-^72}")
     say(f"\ncheckpoints, metrics and loss.png are in {run.work}")
     with open(os.path.join(run.work, "summary.json"), "w") as file:
-        json.dump({**summary, "sample": text}, file, indent=1)
+        json.dump({**summary, **cost, "sample": text}, file, indent=1)
 
 
 def measure_yardsticks(run: Run) -> dict[str, float]:

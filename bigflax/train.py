@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigflax import optim, pipeline, trees
+from bigflax import optim, pipeline, trees, xla
 from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
@@ -131,16 +131,15 @@ Step = Callable[[State, Any], tuple[State, dict[str, Any]]]
 
 def train_step(
     loss_fn: Callable[..., Any], tx: optax.GradientTransformation, state: State, *, accumulate: int = 1, micro_batches: int | None = None,
-    repeats: int = 1, seed: int = 0, table: Table = TABLE,
+    repeats: int = 1, flags: str = "auto", seed: int = 0, table: Table = TABLE,
 ) -> Step:  # fmt: skip
     """The compiled step `(state, batch) -> (state, metrics)`: the state is donated and comes back as it lay, so it compiles once.
 
     `accumulate` splits the batch into that many micro-batches, weighed by their counts. On a mesh with `stage` the layers of a model run as a
     pipeline (pipeline.py): of `micro_batches`, a multiple of the stages (None: as many as stages), each of which passes every stage `repeats`
-    times. A step whose loss or gradient norm is not finite
-    changes neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. Raises
-    ValueError, when first called, for an update of what is not frozen or has another shape, and where the mesh has stages and the loss no
-    pipeline.
+    times. `flags`: which row of `xla.FLAGS` it is compiled with, "auto" by its mesh. A step whose loss or gradient norm is not finite changes
+    neither weights nor optimizer, and is counted in `state.skipped`. Metrics: `loss`, `grad_norm`, and the loss's own. Raises ValueError, when
+    first called, for an update of what is not frozen or has another shape, and where the mesh has stages and the loss no pipeline.
     """
     same = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.mesh
@@ -161,7 +160,7 @@ def train_step(
         return state, {"loss": loss, **metrics, "grad_norm": norm}, moved
 
     # The frozen tree is passed apart from what is donated, so that it may be shared between states; only what is updated comes back.
-    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None, None))
+    @jax.jit(donate_argnums=0, out_shardings=(same._replace(frozen=None), None, None), compiler_options=xla.options(mesh, flags))
     def compiled(changing, frozen, batch):
         new, metrics, moved = step(changing._replace(frozen=frozen), batch)
         return new._replace(frozen=None), metrics, moved
@@ -174,7 +173,8 @@ def train_step(
     call.compiled = compiled  # type: ignore[attr-defined]  # for whoever wants its text, cost or cache size
     # For who plans with a step: traced as jit's own `trace` does, made anew for a state that lies elsewhere, and what it computes.
     call.trace = lambda state, batch: compiled.trace(state._replace(frozen=None), state.frozen, batch)  # type: ignore[attr-defined]
-    call.on = lambda state: train_step(loss_fn, tx, state, accumulate=accumulate, seed=seed, table=table)  # type: ignore[attr-defined]
+    options = dict(accumulate=accumulate, micro_batches=micro_batches, repeats=repeats, flags=flags, seed=seed, table=table)
+    call.on = lambda state: train_step(loss_fn, tx, state, **options)  # type: ignore[attr-defined]
     call.loss_fn = loss_fn  # type: ignore[attr-defined]
     return call
 

@@ -248,17 +248,17 @@ def test_a_host_that_dies_or_falls_silent_ends_the_other(number, whole, tmp_path
 
 @slow
 def test_a_host_that_dies_ends_the_other_with_a_sentence(recipe, cache):
-    """No hang when a process is killed in the middle of a run, and the run goes on from its last checkpoint."""
+    """gloo sees the closed connection at once. (A save in progress would wait for the heartbeat: its hosts meet through JAX's service.)"""
     work = recipe.parent / "work"
-    argv = arguments(recipe, "fit.steps=100000", cache=cache)
+    argv = arguments(recipe, "fit.steps=100000", "fit.save_every=100000", cache=cache)
     with processes(argv, devices=1) as children:
-        wait_for(lambda: len(steps_on_disk(work)) >= 2, children[0])
+        wait_for(lambda: steps_done(work) >= 4, children[0])
         children[1].send_signal(signal.SIGKILL)
         began = time.monotonic()
         code, _, err = ended(children[0], timeout=120)
-    assert time.monotonic() - began < 60  # less than the heartbeat's 100 s: gloo sees the closed connection
-    assert code == 2 and "bigflax: " in err.splitlines()[-1], err
-    assert steps_on_disk(work)
+    assert time.monotonic() - began < 60  # not the heartbeat's 100 s
+    assert code == 2
+    assert re.search(r"bigflax: .*\nbigflax: process 0 ends; if another one ended before it, that one's output says why\n$", err), err
 
 
 @slow

@@ -1,6 +1,7 @@
 """The commands, run in this process: what they print, write and return."""
 
 import json
+import re
 
 import pytest
 from running import arguments, history, make_recipe, steps_on_disk
@@ -39,6 +40,8 @@ def test_train_to_the_end_and_generate(recipe, cache, one_device, capsys):
     assert json.loads((work / "quarantine.jsonl").read_text()) == {"name": "bad.txt", "reason": "not UTF-8 (byte 3)"}
     summary = json.loads((work / "summary.json").read_text())
     assert summary["steps"] == 12 and summary["sample"].startswith("the ")
+    said = re.search(r"^compiled the step in (\d+\.\d) s \(cache (hit|miss)\)$", out, re.MULTILINE)
+    assert said and (float(said[1]), said[2]) == (summary["compile_seconds"], summary["compile_cache"])
     assert 0 < summary["eval/bits_per_byte"] < 8 and 0 < summary["gzip_-9_bits_per_byte"] < 8
 
     def generate(*more):
