@@ -28,6 +28,7 @@ class Parts(NamedTuple):
     state: train.State
     batch: dict[str, jax.ShapeDtypeStruct]
     loss_fn: Any
+    axes: Any
 
 
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
@@ -41,7 +42,7 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     shapes = data.text_shapes(length=c.length, batch_size=c.batch_size, objective=c.objective, token_type_ids=c.token_type_ids)
     where = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
-    return Parts(train.train_step(loss_fn, run.tx, state, seed=config.seed, **config.step), state, batch, loss_fn)
+    return Parts(train.train_step(loss_fn, run.tx, state, seed=config.seed, **config.step), state, batch, loss_fn, run.model.axes)
 
 
 def vocab_size(config: Config) -> int:
@@ -68,8 +69,9 @@ def estimated(
     traced = traced or planner.trace(made.loss_fn, made.state.weights, made.batch, place)
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
     return planner.estimate(
-        traced, made.state, made.batch, place, accumulate=config.step.accumulate, dtype_bytes=width, steps=config.fit.steps, price=price
-    )
+        traced, made.state, made.batch, place, axes=made.axes, accumulate=config.step.accumulate,
+        choices=config.model.get("num_experts_per_tok") or 1, dtype_bytes=width, steps=config.fit.steps, price=price,
+    )  # fmt: skip
 
 
 def choices(config: Config, place: Topology, *, price: float | None = None) -> list[planner.Choice]:

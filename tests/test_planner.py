@@ -87,7 +87,7 @@ COLLECTIVES = {  # kind, bytes of the result, axes -> seconds
     "reduce is two of them": ("all-reduce", 8e9, ("tensor",), 2 * 8e9 * 3 / 4 / (2 * 90e9)),
     "scatter counts the whole": ("reduce-scatter", 2e9, ("tensor",), 8e9 * 3 / 4 / (2 * 90e9)),
     "all to all": ("all-to-all", 8e9, ("tensor",), 8e9 / 4 / (2 * 90e9)),
-    "permute takes one link": ("collective-permute", 9e9, ("tensor",), 0.1),
+    "permute goes both ways": ("collective-permute", 9e9, ("tensor",), 0.05),
 }
 
 

@@ -13,6 +13,7 @@ reduced where it is not; over `tensor` the activations of a layer reduced twice 
 Good for choosing between layouts, not for the last tenth of a chip's memory: XLA fuses, rematerializes and copies as it sees fit.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from bigflax.planner.compiled import capacity, shard_bytes, split, tokens
 from bigflax.planner.report import Plan, Traffic
 from bigflax.sharding import MESH_AXES, batch_axes, make_mesh, tracing_on
 from bigflax.topology import Topology
+from bigflax.weights import parse_axes
+
+SINGLE = 2**28  # bytes of a table that lie gathered at a time: it passes in chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +85,13 @@ PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dil
 
 
 def estimate(
-    traced: Trace, state: Any, batch: Any, place: Topology, *, accumulate: int = 1, dtype_bytes: int = 2, steps: int | None = None,
-    price: float | None = None,
+    traced: Trace, state: Any, batch: Any, place: Topology, *, axes: Any = None, accumulate: int = 1, choices: int = 1, dtype_bytes: int = 2,
+    steps: int | None = None, price: float | None = None,
 ) -> Plan:  # fmt: skip
     """The Plan of a train step of this loss whose `state` and `batch`, ShapeDtypeStructs, lie on a mesh of `place.stand_ins()`.
 
-    `accumulate` is the number of micro-batches, `dtype_bytes` the size of a number that is computed with.
+    `axes` are the model's, which tell experts from what is gathered; `accumulate` is the number of micro-batches, `choices` how many experts a
+    token passes through, `dtype_bytes` the size of a number that is computed with.
     """
     mesh = state.mesh
     sizes = {axis: mesh.shape.get(axis, 1) for axis in MESH_AXES}
@@ -94,12 +99,14 @@ def estimate(
     rows_all = jax.tree.leaves(batch)[0].shape[0]
     spread = math.prod(sizes[axis] for axis in batch_axes(mesh))
     rows = rows_all / spread / accumulate / sizes["context"] / sizes["stage"]
-    gathered, traffic = _weights(state.params, mesh, place, dtype_bytes, accumulate)
+    gathered, traffic = _weights(state.params, axes, mesh, place, dtype_bytes, accumulate)
     one, many = rows * traced.width, max(1, sizes["tensor"])
     if sizes["tensor"] > 1:
         traffic.append(_traffic("all-reduce", ("tensor",), 6 * traced.layers * accumulate, one, mesh, place))
     if sizes["context"] > 1:
         traffic.append(_traffic("all-gather", ("context",), 4 * traced.layers * accumulate, one * sizes["context"] / many, mesh, place))
+    if sizes["expert"] > 1:  # there and back, forward, backward, and once more where the layer is computed again
+        traffic.append(_traffic("all-to-all", ("expert",), 6 * traced.layers * accumulate, choices * one, mesh, place))
     temporaries = {
         "kept": rows * (traced.kept + traced.kept_split / many) / sizes["stage"] * (sizes["stage"] if sizes["stage"] > 1 else 1),
         "gradients": shard_bytes(state.params) * (2 if accumulate > 1 else 1),
@@ -118,33 +125,32 @@ def estimate(
     )  # fmt: skip
 
 
-def _weights(params: Any, mesh: Mesh, place: Topology, dtype_bytes: int, passes: int) -> tuple[float, list[Traffic]]:
+def _weights(params: Any, axes: Any, mesh: Mesh, place: Topology, dtype_bytes: int, passes: int) -> tuple[float, list[Traffic]]:
     """(bytes of gathered weights that lie there at a time, the collectives of weights and their gradients)."""
-    carry = set(batch_axes(mesh))
+    carry = [axis for axis in mesh.shape if axis in batch_axes(mesh)]
+    names = {} if axes is None else {name: parse_axes(text).names for name, text in trees.named_leaves(axes)}
     layer, single = 0.0, 0.0
-    gather: dict[tuple[str, ...], list[float]] = {}
-    reduce: dict[tuple[str, ...], list[float]] = {}
-    for leaf in jax.tree.leaves(params):
-        axes = [axis for part in leaf.sharding.spec if part is not None for axis in ((part,) if isinstance(part, str) else part)]
-        mine = tuple(axis for axis in mesh.shape if axis in axes and axis in carry)
-        others = tuple(axis for axis in mesh.shape if axis in carry and axis not in axes)
+    gathers: dict[tuple[str, ...], float] = collections.defaultdict(float)
+    reduces: dict[tuple[str, ...], float] = collections.defaultdict(float)
+    for name, leaf in trees.named_leaves(params):
+        parts = [(part,) if isinstance(part, str) else part or () for part in leaf.sharding.spec]
+        apart = {axis for part, of in zip(parts, names.get(name, ()), strict=False) if of == "experts" for axis in part}
+        lies = {axis for part in parts for axis in part}
+        mine = tuple(axis for axis in carry if axis in lies and axis not in apart)
+        others = tuple(axis for axis in carry if axis not in lies)
         here = math.prod(leaf.sharding.shard_shape(leaf.shape))
-        whole = here * math.prod(mesh.shape[axis] for axis in mine)
-        stacked = leaf.shape[0] if leaf.ndim > 2 else 1
+        whole = here * math.prod(mesh.shape[axis] for axis in mine) * dtype_bytes
+        layers = leaf.shape[0] if names.get(name, ("layers",) if leaf.ndim > 2 else ())[:1] == ("layers",) else 1
         if mine:
-            gather.setdefault(mine, []).append(whole * dtype_bytes)
-            layer += whole / stacked * dtype_bytes if stacked > 1 else 0
-            single = max(single, whole * dtype_bytes if stacked == 1 else 0)
+            gathers[mine] += whole
+            layer, single = (layer + whole / layers, single) if layers > 1 else (layer, max(single, whole))
         if others:
-            reduce.setdefault(others, []).append(here * 4)
-    traffic = []
-    for axes, sizes in gather.items():
-        size = sum(sizes)
-        n = math.prod(mesh.shape[axis] for axis in axes)
-        traffic.append(_traffic("all-gather", axes, 2 * passes, size, mesh, place))
-        traffic.append(_traffic("reduce-scatter", axes, passes, size / n, mesh, place))
-    traffic += [_traffic("all-reduce", axes, passes, sum(sizes), mesh, place) for axes, sizes in reduce.items()]
-    return 2 * layer + single, traffic
+            reduces[others] += here * 4
+    traffic = [_traffic("all-gather", over, 2 * passes, size, mesh, place) for over, size in gathers.items()]
+    for over, size in gathers.items():
+        traffic.append(_traffic("reduce-scatter", over, passes, size / math.prod(mesh.shape[axis] for axis in over), mesh, place))
+    traffic += [_traffic("all-reduce", over, passes, size, mesh, place) for over, size in reduces.items()]
+    return 2 * layer + min(single, SINGLE), traffic
 
 
 def _traffic(kind: str, axes: tuple[str, ...], count: int, size: float, mesh: Mesh, place: Topology) -> Traffic:

@@ -8,7 +8,7 @@ A step takes at least the longest of them, if all overlap perfectly. For collect
 matrices"), V the bytes of the whole array:
 
     all-gather, reduce-scatter   V (n - 1) / n / W        all-reduce          twice that
-    all-to-all                   V / 4 / W                collective-permute  V / (one link)
+    all-to-all                   V / 4 / W                collective-permute  V / W: around rings both ways at a time
 
 W adds up the links of a device along the physical dimensions that the mesh axis spans, both ways where the ends are joined (topology.py).
 """
@@ -47,7 +47,7 @@ def collective_seconds(kind: str, result: float, axes: Sequence[str], mesh: Any,
         return 0.0
     whole = result * n if kind == "reduce-scatter" else result
     if kind == "collective-permute":
-        return result / (speed if "slice" in axes or not topology.chip.link_bandwidth else topology.chip.link_bandwidth)
+        return result / speed
     if kind in ("all-to-all", "ragged-all-to-all"):
         return whole / 4 / speed
     return (2 if kind == "all-reduce" else 1) * whole * (n - 1) / n / speed
