@@ -61,10 +61,12 @@ def linear_cross_entropy(
         raise ValueError(f"labels are {labels_BT.shape} for x {x_BTD.shape}; give one label a position, {(B, T)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk} tokens; give 1 or more, or None to choose")
-    across, vocab = _spread(B, V)
-    chunk = _choose_chunk(B * T // across, V // vocab) if chunk is None else chunk
-    C, count = _cut(B, T, chunk * across)
+    across, along, vocab = _spread(B, T, V)
+    chunk = _choose_chunk(B * T // across // along, V // vocab) if chunk is None else chunk
+    C, count = _cut(B, T, chunk * across * along)
     options = dict(softcap=softcap, z_loss=z_loss)
+    if count == 1 and along > 1:  # nothing lies over B T where both lie over devices: as one matrix, x would be gathered
+        return _direct(x_BTD, w_VD, bias, labels_BT, **options)
     if count == 1:  # as one matrix: with B and T apart, XLA on the CPU holds the logits twice more
         loss, correct = _direct(x_BTD.reshape(B * T, -1), w_VD, bias, labels_BT.reshape(B * T), **options)
         return loss.reshape(B, T), correct.reshape(B, T)
@@ -79,13 +81,13 @@ def linear_cross_entropy(
     return _join(loss)[:, :T], _join(correct)[:, :T]
 
 
-def _spread(B: int, V: int) -> tuple[int, int]:
-    """Over how many devices the step being traced lays a batch's rows, and the vocabulary."""
+def _spread(B: int, T: int, V: int) -> tuple[int, int, int]:
+    """Over how many devices the step being traced lays a batch's rows, their time, and the vocabulary."""
     layout = current_layout()
     if layout is None:
-        return 1, 1
+        return 1, 1, 1
     parts = lambda name, size: math.prod(layout[0].shape[a] for a in axes_of(name, size, layout.mesh, layout.table))
-    return parts("batch", B), parts("vocab", V)
+    return parts("batch", B), parts("seq", T), parts("vocab", V)
 
 
 def _choose_chunk(tokens: int, V: int) -> int:
