@@ -84,9 +84,9 @@ def spread(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.A
     if kernel:
         own = own and mask.window is None and T // n % (2 * splash.LANES) == 0
         full = not mask.causal and mask.window is None
-        begin = sum(([i * T // (2 * n), (2 * n - 1 - i) * T // (2 * n)] for i in range(n)), []) if own else [0]
+        begin = tuple(half * T // (2 * n) for i in range(n) for half in (i, 2 * n - 1 - i)) if own else (0,)
         run = splash.kernel(
-            T // n if full else T, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", 1 if full else n, tuple(begin)
+            T // n if full else T, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", 1 if full else n, begin
         )
         local = functools.partial(_by_kernel, at, rule, scale, own)
         if at.mesh is None:
@@ -96,8 +96,9 @@ def spread(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.A
         local = lambda q, k, v, arrays, _: _by_pairs(Pairs(at, rule, scale, softcap), q, k, v, *arrays[1:3])
     else:
         local = functools.partial(_by_rows, at, rule, scale, softcap)
-    if n > 1 and not (own and not kernel):
-        local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_only_these_names(splash.SAVED))
+    if n > 1 and (kernel or not own):  # with prevent_cse, a layer that is recomputed whole would gather three times
+        saved = jax.checkpoint_policies.save_only_these_names(splash.SAVED)
+        local = jax.checkpoint(local, policy=saved, prevent_cse=False)
     rows, columns = P(at.batch, at.seq, at.heads), P(at.batch, at.keys, at.heads)
     ids = [at.ids(x, axes) for x, axes in zip(mask[2:], (at.seq, at.keys) * 2, strict=True)]
     return jax.shard_map(

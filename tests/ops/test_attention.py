@@ -1,13 +1,16 @@
-"""The reference equals a brute-force loop in NumPy float64; every fast path equals the reference, in values and in gradients."""
+"""The reference equals a brute-force loop in NumPy float64; every fast path equals the reference, in values and in gradients, on any mesh."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigflax.ops import attention
+from bigflax import flops, sharding
+from bigflax.ops import attention, context, splash
 
 DOCUMENTS = np.array([[1] * 40 + [2] * 47 + [0] * 10, [1] * 5 + [2] * 60 + [3] * 32])  # 97 tokens a row; 0 is padding
+LONG = np.repeat(DOCUMENTS, 3, axis=1)[:, :256]
+HALF = np.array([[0] * 40 + [1] * 216, [1] * 200 + [0] * 56])  # an attention_mask, padded left and right
 CASES = {  # T, S, N, K, arguments
     "full": (97, 97, 2, 2, {}),
     "causal": (97, 97, 2, 2, dict(causal=True)),
@@ -30,6 +33,17 @@ CASES = {  # T, S, N, K, arguments
     "fewer keys, window": (300, 70, 2, 2, dict(window=5)),  # most rows see nothing, whole blocks of them
     "more keys": (70, 130, 2, 2, dict(causal=True, window=40)),
     "one token": (1, 1, 1, 1, dict(causal=True)),
+    "long, full": (256, 256, 2, 1, dict(scale=0.5)),
+    "long, grouped": (256, 256, 4, 2, dict(causal=True, softcap=2.0)),
+    "long, causal window": (256, 256, 2, 2, dict(causal=True, window=33, softcap=2.0)),
+    "long, window": (256, 256, 2, 1, dict(window=150)),
+    "long, segments": (256, 256, 4, 2, dict(causal=True, q_segments=LONG, kv_segments=LONG)),
+    "long, attention mask": (256, 256, 2, 2, dict(causal=True, q_segments=np.ones((2, 256), int), kv_segments=HALF)),
+    "long, a shared mask": (256, 256, 2, 2, dict(causal=True, q_segments=LONG[0], kv_segments=LONG[0])),
+    "long, memory": (128, 256, 2, 1, dict(q_segments=np.ones((2, 128), int), kv_segments=HALF)),
+    "long, bias": (64, 64, 4, 2, dict(causal=True, bias=(4, 64, 64))),
+    "long, bias of rows": (64, 128, 4, 2, dict(bias=(2, 1, 1, 128))),
+    "long, positions": (64, 64, 2, 2, dict(causal=True, q_positions=np.arange(64) // 2, kv_positions=np.arange(64))),
 }
 
 
@@ -74,14 +88,15 @@ def compiled(q, k, v, options, implementation=None):
     return jax.jit(lambda q, k, v, data: attention(q, k, v, **data, **static))(q, k, v, data)
 
 
-def value_and_grads(q, k, v, options, implementation):
+def value_and_grads(q, k, v, options, implementation, mesh=None):
     """The output, and the gradients of a random linear function of it, of everything that has one."""
     floats = dict(q_BTNH=q, k_BSKH=k, v_BSKH=v) | ({"bias": options["bias"]} if "bias" in options else {})
     rest = {name: value for name, value in options.items() if name != "bias"}
     g = jax.random.normal(jax.random.key(1), q.shape)
 
     def loss(floats):
-        out = attention(**floats, **rest, implementation=implementation)
+        with sharding.tracing_on(mesh):
+            out = attention(**floats, **rest, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) * g), out
 
     grads, out = jax.jit(jax.grad(loss, has_aux=True))(floats)
@@ -107,6 +122,99 @@ def test_xla_is_the_reference(case):
         np.testing.assert_allclose(grads[name], expected_grads[name], atol=3e-5, err_msg=name)
 
 
+def same(got, expected):
+    np.testing.assert_allclose(got[0], expected[0], atol=5e-6)  # the same float32 sums in another order
+    for name in got[1]:
+        np.testing.assert_allclose(got[1][name], expected[1][name], atol=3e-5, err_msg=name)  # gradients sum over up to 300 rows
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of the kernel in 256 rows, so that some are skipped."""
+    monkeypatch.setattr(splash, "BLOCKS", (128, 128))
+    monkeypatch.setattr(splash, "kernel", splash.kernel.__wrapped__)
+
+
+SPLASH = {  # whether the kernel takes the request; every other one takes the XLA path
+    "causal, blocks that divide": True, "long, full": True, "long, grouped": True, "long, causal window": True, "long, window": True,
+    "long, segments": True, "long, attention mask": True, "long, a shared mask": True, "long, memory": True,
+    "causal": False, "long, bias": False, "long, positions": False, "fewer keys": False, "cache": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPLASH)
+def test_splash_takes_what_it_can_and_is_the_reference(case, monkeypatch, small_blocks):
+    made, kernel = [], splash.kernel
+    monkeypatch.setattr(splash, "kernel", lambda *args: made.append(args) or kernel(*args))
+    q, k, v, options = build(case)
+    same(value_and_grads(q, k, v, options, "splash"), value_and_grads(q, k, v, options, "reference"))
+    assert bool(made) == SPLASH[case]
+
+
+MESHES = {
+    "context=8": dict(context=8),
+    "data=2 context=4": dict(data=2, context=4),
+    "fsdp=2 context=2 tensor=2": dict(fsdp=2, context=2, tensor=2),
+    "context=2 tensor=4": dict(context=2, tensor=4),  # more devices than kv heads
+}
+
+
+@pytest.mark.parametrize(
+    "case, mesh",
+    [(case, "fsdp=2 context=2 tensor=2") for case, (T, *_) in CASES.items() if T % 4 == 0]
+    + [(case, mesh) for case in ("long, segments", "long, window") for mesh in MESHES],
+)
+def test_a_sequence_over_devices_is_the_sequence(case, mesh):
+    q, k, v, options = build(case)
+    got = value_and_grads(q, k, v, options, "xla", sharding.make_mesh(**MESHES[mesh]))
+    same(got, value_and_grads(q, k, v, options, "reference"))
+
+
+@pytest.mark.slow  # the kernel is interpreted
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, context=2, tensor=2), dict(expert=2, fsdp=2, tensor=2), dict(context=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("case", ["long, full", "long, grouped", "long, causal window", "long, segments", "long, attention mask"])
+def test_splash_over_devices_is_the_reference(case, sizes, small_blocks):
+    q, k, v, options = build(case)
+    if sizes.get("context"):  # halves of a device's piece are 128 rows
+        q, k, v = (jnp.concatenate([x, x[:, ::-1]], axis=1) for x in (q, k, v))
+        options = {name: jnp.tile(x, 2) if isinstance(x, jax.Array) else x for name, x in options.items()}
+    got = value_and_grads(q, k, v, options, "splash", sharding.make_mesh(**sizes))
+    same(got, value_and_grads(q, k, v, options, "reference"))
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_halves_travel_to_whom_they_are_due_and_home_again(n):
+    at = context.Place(sharding.make_mesh(devices=jax.devices()[:n], context=n), seq=("context",))
+    rule = jax.sharding.PartitionSpec(None, "context")
+    spread = lambda function: jax.jit(jax.shard_map(function, mesh=at.mesh, in_specs=rule, out_specs=rule))
+    there = spread(lambda x: jnp.concatenate(context._exchange(x, at), axis=1))
+    back = spread(lambda x: context._give_back(jnp.stack(jnp.split(x, 2, axis=1)), at))
+    halves = jnp.repeat(jnp.arange(2 * n), 3)[None]
+    moved = there(halves)
+    np.testing.assert_array_equal(moved[0, ::3], [half for i in range(n) for half in (i, 2 * n - 1 - i)])
+    np.testing.assert_array_equal(back(moved), halves)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_devices_work_alike_and_no_more_than_they_must(n, monkeypatch):
+    """2n + 1 of the 4n pairs of halves that a device multiplies where it attends to all keys; the kernel's grid visits as many blocks on each."""
+    mesh, q = sharding.make_mesh(devices=jax.devices()[:n], context=n), jnp.zeros((1, 16 * n, 2, 8))
+
+    def count(**options):
+        with sharding.tracing_on(mesh):
+            return flops.count_flops(lambda q: attention(q, q, q, **options), q)
+
+    assert count(causal=True) == count() * (2 * n + 1) // (4 * n)
+    monkeypatch.setattr(splash, "BLOCKS", (128, 128))
+    begin = tuple(half * 128 for i in range(n) for half in (i, 2 * n - 1 - i))
+    visits = lambda order: np.asarray(
+        splash.kernel.__wrapped__(256 * n, 256 * n, 1, True, None, None, True, n, order).fwd_mask_info.block_mask
+    )
+    per_device = lambda order: (visits(order).reshape(n, -1) > 0).sum(1)
+    assert set(per_device(begin)) == {2 * n + 1}
+    assert per_device((0,)).max() == 4 * n - 1
+
+
 @pytest.mark.parametrize("case", ["causal", "grouped", "segments", "bias of heads", "a row without a key"])
 def test_bfloat16_keeps_float32_sums(case):
     q, k, v, options = build(case, jnp.bfloat16)
@@ -120,8 +228,11 @@ def test_bfloat16_keeps_float32_sums(case):
         close(grads[name], expected_grads[name])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("case", ["a row without a key", "fewer keys, window"])
+@pytest.mark.parametrize(
+    "case, implementation",
+    [(case, name) for case in ("a row without a key", "fewer keys, window", "long, attention mask") for name in ("reference", "xla")]
+    + [("long, attention mask", "splash")],
+)
 def test_a_row_without_a_key_is_zero_and_moves_nothing(case, implementation):
     q, k, v, options = build(case)
     _, seen = brute_force(q, k, v, **options)
@@ -151,7 +262,7 @@ def test_segments_of_packed_rows_equal_the_documents_apart():
 
 
 ERRORS = {
-    "unknown implementation": (dict(implementation="flash"), "reference, xla, cudnn"),
+    "unknown implementation": (dict(implementation="flash"), "reference, xla, splash, cudnn"),
     "cudnn on a CPU": (dict(implementation="cudnn"), "needs an NVIDIA GPU"),
     "one kind of segments": (dict(kv_segments=np.ones((2, 97), int)), "together"),
     "no window": (dict(window=0), "1 or more"),
