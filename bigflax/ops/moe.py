@@ -47,7 +47,7 @@ Product = Callable[[jax.Array, Weight], jax.Array]
 Params = Mapping[str, Weight]
 IMPLEMENTATIONS = ("reference", "ragged", "exchange", "capacity")
 CAPACITY = 1.25
-TILE = 512  # rows of a tile of the grouped product: a buffer of rows is a multiple of it
+TILE = 512  # rows at once of the grouped product on a TPU
 
 
 class Group(NamedTuple):
@@ -237,8 +237,10 @@ _spread.defvjp(lambda x_MD, *index: (_spread(x_MD, *index), index), _spread_back
 _collect.defvjp(lambda y_SD, *index: (_collect(y_SD, *index), index), _collect_back)
 
 
-def _round_up(rows: int) -> int:
-    return -(-rows // TILE) * TILE if rows > TILE else -(-rows // 16) * 16
+def _room(rows: int) -> int:
+    """Places for so many rows: on a TPU whole tiles of its kernel."""
+    tile = 1 if platform() != "tpu" else TILE if rows > TILE else 16
+    return -(-rows // tile) * tile
 
 
 # -- the ways --------------------------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def _ragged(expert, x_MD, gates_CM, chosen_CM, params, group):
     def of_chosen(x_MD, gates_CM, mine_CM, E):
         mine_R = jnp.where((mine_CM >= 0) & (mine_CM < E), mine_CM, E).reshape(-1)  # E: another device's, sorted behind all of ours
         order_R, place_R, sizes_E = _sort(mine_R, E)
-        S, ours = _round_up(min(mine_R.size, x_MD.shape[0] * E)), jnp.sum(sizes_E)
+        S, ours = _room(min(mine_R.size, x_MD.shape[0] * E)), jnp.sum(sizes_E)
         row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, S), mine_R.size)
         place_CM = jnp.where(place_R < ours, place_R, S).reshape(mine_CM.shape)
         y_SD = expert(_spread(x_MD, row_S, place_CM), params, functools.partial(_grouped, sizes_E))
@@ -294,7 +296,7 @@ def _exchange(expert, x_MD, gates_CM, chosen_CM, params, group):
     here = lambda x_nE: jax.lax.dynamic_slice_in_dim(x_nE, me * mine, mine, 1).reshape(-1)
     out = (start_nE[me], sizes_E, there_nE[me], here(sizes_nE))
     back = (here(there_nE), here(sizes_nE), here(start_nE), sizes_E)
-    S, place_CM = _round_up(n * M * min(C, mine)), place_R.reshape(C, M)
+    S, place_CM = _room(n * M * min(C, mine)), place_R.reshape(C, M)
     x_SD = _carry(_spread(x_MD, order_R, place_CM), out, back, (S, group.axes))
     y_SD = expert(x_SD, params, functools.partial(_grouped, total_ne[me]))
     y_CMD = _collect(_carry(y_SD, back, out, (C * M, group.axes)), order_R, place_CM)

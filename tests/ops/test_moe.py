@@ -1,6 +1,12 @@
 """Mixtures of experts: by hand one token at a time, both paths beside each other on one device and on eight, and the loss that balances."""
 
 import functools
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +313,49 @@ def test_every_way_on_every_mesh_teaches_what_one_device_does(family, sizes, way
     for (name, g), (_, one) in zip(trees.named_leaves(grads), trees.named_leaves(want_grads), strict=True):
         # float32, sums in another order over at most 8 x 16 x 256 terms
         np.testing.assert_allclose(g, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)
+
+
+LAYER = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from bigflax import nn, sharding
+mesh = sharding.make_mesh(devices=topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices, fsdp=2, expert=4)
+module = nn.Moe(8, 2, 256, implementation=sys.argv[1], capacity_factor=1.0)
+model = nn.model(module, x_BTD=jax.ShapeDtypeStruct((1, 8, 512), jnp.float32))
+place = lambda s, where, dtype=None: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=where)
+params = jax.tree.map(place, model.shapes(), sharding.shardings(model.shapes(), model.axes, mesh))
+x = jax.ShapeDtypeStruct((8, 1024, 512), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+def loss(params, x):
+    with sharding.tracing_on(mesh):
+        return jnp.sum(jnp.square(module.apply({"params": params}, x)[0].astype(jnp.float32)))
+print(jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile().as_text())
+"""
+TPU = dict(
+    TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="",
+)  # fmt: skip
+SENT = 2 * 1024 * 512  # numbers: a row for each choice of a device's tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: there is no TPU compiler")
+@pytest.mark.parametrize("way, kind", [("exchange", "ragged-all-to-all"), ("capacity", "all-to-all")])
+def test_on_a_tpu_rows_travel_in_their_group_once_a_direction_and_pass(way, kind):
+    """There and back, forward and backward, between the four devices along `expert` and no others; the weights' width is gathered, and the sum
+    of its gradients scattered, between the two along `fsdp`."""
+    done = subprocess.run([sys.executable, "-c", LAYER, way], env={**os.environ, **TPU}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    of = lambda kind: [line for line in lines if re.search(rf"= \S+ {kind}(-start)?\(", line)]
+    numbers = lambda line: math.prod(map(int, re.search(r"\[([\d,]+)\]", line).group(1).split(",")))
+    moved = of(kind)
+    assert len(moved) == 4 and all("{{0,1,2,3},{4,5,6,7}}" in line for line in moved), moved
+    # what is sent: half of the ragged ones show how much room there is for it, four times as much
+    assert sorted(map(numbers, moved)) == [SENT, SENT, *([4 * SENT] * 2 if way == "exchange" else [SENT] * 2)]
+    assert len([line for line in of("reduce-scatter") if "shard_map" in line]) == 3
+    kernels = [line for line in lines if "tpu_custom_call" in line and "gmm" in line]
+    assert len(kernels) == (9 if way == "exchange" else 0), kernels  # three products, and of each the gradients by rows and by weights
 
 
 # -- balance ---------------------------------------------------------------------------------------------------------------
