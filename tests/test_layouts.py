@@ -22,7 +22,8 @@ MESHES = {
 ALL = MESHES["data=2 fsdp=2 tensor=2"]
 APART = {"fsdp": 2, "expert": 2, "tensor": 2}
 FOUNDATIONS = ("bert", "gpt2", "llama")  # what the others are composed like: these on every mesh
-# family, config, mesh, packed, chunk of the head
+PIPED = {"stage": 2, "data": 2, "fsdp": 2}
+# family, config, mesh, packed, chunk of the head, options of the step
 STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for family in FOUNDATIONS for mesh, sizes in MESHES.items()} | {
     "gpt2, a head of its own": ("gpt2", {"tie_word_embeddings": False}, ALL, True, None),
     "gpt2, a vocabulary that does not divide": ("gpt2", {"vocab_size": 257}, ALL, True, None),
@@ -35,6 +36,12 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "qwen2_moe, a shared expert": ("qwen2_moe", {"dispatch": "exchange", "remat": "full"}, {"data": 2, "expert": 4}, True, None),
     "qwen3_moe, experts that do not divide": ("qwen3_moe", {"dispatch": "exchange"}, {"expert": 8}, True, None),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
+    "llama in stages": ("llama", {"num_hidden_layers": 4, "remat": "full"}, PIPED, True, None, {"micro_batches": 4, "repeats": 2}),
+    "llama in stages, tensor=2": ("llama", {}, {"stage": 2, "fsdp": 2, "tensor": 2}, True, None, {"micro_batches": 4}),
+    "bert in stages": ("bert", {}, PIPED, False, None),
+    "mixtral in stages": ("mixtral", {}, PIPED, True, None),
+    "t5 in stages": ("t5", {}, PIPED, False, None),
+    "vit in stages": ("vit", {}, PIPED, False, None),
 }
 TOGETHER = 8  # cases a process: starting one takes as long as compiling two of them
 
@@ -56,7 +63,7 @@ import inspect, sys
 import jax, jax.numpy as jnp
 from bigflax import models, optim, sharding, tasks, train
 
-def step(family, config, sizes, packed, chunk):
+def step(family, config, sizes, packed, chunk, options={}):
     mesh = sharding.make_mesh(**sizes)
     model = models.create(family, size="tiny", **config)
     tx = optim.make(lr=1e-3, steps=10, axes=model.axes)
@@ -74,7 +81,7 @@ def step(family, config, sizes, packed, chunk):
             out = dict(model.apply(params, rng=rng, **batch))
             updates = out.pop("updates", {})
             return squares(out), {}, updates
-    train.train_step(loss, tx, state).compiled.lower(state._replace(frozen=None), state.frozen, batch).compile()
+    train.train_step(loss, tx, state, **options).compiled.lower(state._replace(frozen=None), state.frozen, batch).compile()
 
 for case in eval(sys.argv[1]):
     step(*case)

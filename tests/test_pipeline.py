@@ -142,7 +142,7 @@ MODELS = {  # family, config, mesh, options of the step
     "llama, accumulated": ("llama", FOUR, dict(stage=2), dict(packed=True, micro_batches=4, accumulate=2)),
     "gpt2": ("gpt2", dict(n_layer=4, embd_pdrop=0.0, resid_pdrop=0.0), dict(stage=2, data=2, tensor=2), dict(micro_batches=4)),
     "bert": ("bert", FOUR | dict(hidden_dropout_prob=0.0), dict(stage=2, slice=2, fsdp=2), dict(repeats=2)),
-    "mixtral": ("mixtral", FOUR | dict(output_router_logits=True), dict(stage=2, data=2, fsdp=2), dict(micro_batches=4)),
+    "mixtral": ("mixtral", FOUR, dict(stage=2, data=2, fsdp=2), dict(micro_batches=4)),
     "albert, whose layers are one": ("albert", FOUR | dict(hidden_dropout_prob=0.0), dict(stage=2, fsdp=4), {}),
     "t5, an encoder and a decoder": ("t5", dict(num_layers=2, num_decoder_layers=4, dropout_rate=0.0), dict(stage=2, fsdp=2), dict(micro_batches=4)),
     "gemma3, a group that does not divide": ("gemma3_text", GEMMA | dict(num_hidden_layers=5, layer_types=GEMMA["layer_types"][:5]), dict(stage=2, fsdp=2), {}),
