@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from bigflax import ops, pipeline, trees
 from bigflax.sharding import constrain
@@ -45,10 +46,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
+# What of a layer is kept for its backward pass; the rest is computed again, so all of them give one loss and gradient. The names are put on in this
+# file: "layer" what goes into a layer, "product" what comes out of a product with a weight, "attention" out of the attention.
+_policies = jax.checkpoint_policies
 REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the products with weights, recompute the rest
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the layers' inputs alone
+    "none": None,  # all of it
+    "minimal": _policies.save_only_these_names("product", "attention"),  # what is dear: norms, activations and rotations are done again
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # the products, not the attention: its memory grows with the sequence too
+    "full": _policies.nothing_saveable,  # the layers' inputs alone
+    "offload": _policies.save_and_offload_only_these_names(  # those too, but in the memory of the host, fetched back layer by layer
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer"], offload_src="device", offload_dst="pinned_host"
+    ),
 }
 
 
@@ -186,7 +194,7 @@ def stack(
             return _pipeline(block, plan, x, policy, tied, shared)
 
     def body(block, x, each):
-        return block(x, each, **shared)
+        return block(checkpoint_name(x, "layer"), each, **shared)
 
     if policy is not None:
         body = nn.remat(body, prevent_cse=layers is None, policy=policy)
@@ -236,6 +244,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = ops.einsum("...d,df->...f", x, weight(self, "w", (x.shape[-1], self.features), self.axes, self.init))
+        y = checkpoint_name(y, "product")
         return y + weight(self, "b", (self.features,), self.axes.split()[-1], zeros).astype(y.dtype) if self.bias else y
 
 
@@ -355,7 +364,9 @@ class Attention(nn.Module):
             q_BTNH, k_BSKH, v_BSKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
             scale=self.scale, softcap=self.softcap, bias=bias, **places,
         )  # fmt: skip
+        y_BTNH = checkpoint_name(y_BTNH, "attention")
         y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
+        y_BTD = checkpoint_name(y_BTD, "product")
         if self.bias if self.out_bias is None else self.out_bias:
             y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
         return dropout(self, y_BTD, self.dropout), cache
@@ -386,7 +397,7 @@ class Attention(nn.Module):
 
     def _project(self, x_BTD, name, heads, axis, bias, init):
         w = weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", init)
-        y_BTNH = ops.einsum("btd,dnh->btnh", x_BTD, w)
+        y_BTNH = checkpoint_name(ops.einsum("btd,dnh->btnh", x_BTD, w), "product")
         if not bias:
             return y_BTNH
         return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
@@ -423,12 +434,14 @@ class Mlp(nn.Module):
         h_BTF = act(self._up(x_BTD, "gate")) * h_BTF if self.gated else act(h_BTF)
         h_BTF = constrain(h_BTF, "batch", "seq", "mlp")
         y_BTD = ops.einsum("btf,fd->btd", h_BTF, weight(self, "down", (F, D), "mlp -> embed", self.out_init))
+        y_BTD = checkpoint_name(y_BTD, "product")
         if self.bias:
             y_BTD += weight(self, "down_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
         return dropout(self, y_BTD, self.dropout)
 
     def _up(self, x_BTD, name):
         h_BTF = ops.einsum("btd,df->btf", x_BTD, weight(self, name, (x_BTD.shape[-1], self.features), "embed -> mlp", self.init))
+        h_BTF = checkpoint_name(h_BTF, "product")
         return h_BTF + weight(self, f"{name}_bias", (self.features,), "mlp", zeros).astype(h_BTF.dtype) if self.bias else h_BTF
 
 

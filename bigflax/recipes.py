@@ -68,7 +68,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             **_keywords(Quality, "quarantine", "bad"),
             "source": inspect.Parameter.empty,
         },
-        "task": {"name": "", **_keywords(tasks.TASKS[task], "model", "token_bytes")},
+        "task": {"name": "", **_keywords(tasks.TASKS[task], "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
         "step": _keywords(train.train_step, "loss_fn", "tx", "state", "seed", "table"),

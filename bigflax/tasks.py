@@ -13,6 +13,7 @@ import numpy as np
 from bigflax import losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
+from bigflax.weights import rounded
 
 LossFn = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -95,11 +96,29 @@ def contrastive(model: Model) -> LossFn:
     return loss_fn
 
 
+def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
+    """The loss with the products of the matching weights in 8 bits, forward and backward: `[("blocks/.*", "int8")]`, or "fp8" (ops/matmul.py says
+    which products). The weights stay the floats that they are, outside of the loss: state, optimizer and checkpoints see no difference.
+
+    `weights.rounded` says which weights the rules may reach. Evaluation of this loss rounds too; that of `loss_fn` does not.
+    """
+
+    def rounded_loss(params, batch, rng=None):
+        return loss_fn(rounded(params, rules, axes), batch, rng)
+
+    return rounded_loss
+
+
 TASKS = {"causal_lm": token_loss, "masked_lm": token_loss, "classification": classification, "contrastive": contrastive}
 
 
-def create(name: str, model: Model, **options: Any) -> LossFn:
-    """The task of a recipe by its name. Raises ValueError that lists the tasks."""
+def create(name: str, model: Model, *, matmul: str | trees.Rules | None = None, **options: Any) -> LossFn:
+    """The task of a recipe by its name. Raises ValueError that lists the tasks.
+
+    `matmul` "int8" or "fp8" computes the layers' products in 8 bits, rules those of the weights that they match (`low_precision`).
+    """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; {trees.did_you_mean(name, TASKS, 'the tasks are')}")
-    return TASKS[name](model, **options)
+    loss_fn = TASKS[name](model, **options)
+    rules = [(".*", matmul)] if isinstance(matmul, str) else [(pattern, kind) for pattern, kind in matmul or ()]
+    return low_precision(loss_fn, rules, model.axes) if rules else loss_fn

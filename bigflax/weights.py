@@ -2,11 +2,12 @@
 
     Quantized(qvalue, scale)   w = (qvalue - zero_point) * scale         an array of the Qwix library, with our laws
     LoRA(base, a, b)           w = base + (a . b) * alpha / rank          `base` may be any weight, so LoRA(Quantized) is QLoRA
+    Rounded(w, kind)           w itself, which trains; only its products round it, and what they multiply it by, to 8 bits
 
 Every type keeps these laws (tests/test_weights.py holds each type to each of them):
 
     shape(w) == dense(w).shape                       the logical shape, derived from the parts and never stored
-    einsum(spec, x, w) ~ einsum(spec, x, dense(w))   `ops.einsum` multiplies by any of them
+    einsum(spec, x, w) ~ einsum(spec, x, dense(w))   `ops.einsum` multiplies by any of them; ~ is as near as 8 bits for a Rounded
     w under scan, jit, grad, shardings               each is a registered pytree; a leading layer axis rides on every part
 
 Axes of a weight are one string, written where the weight is declared:
@@ -34,7 +35,7 @@ from bigflax import trees
 
 Array = jax.Array
 Quantized = qwix.QArray
-Weight = Any  # Array | Quantized | LoRA: what ops.einsum multiplies by
+Weight = Any  # Array | Quantized | LoRA | Rounded: what ops.einsum multiplies by
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["alpha"])
@@ -55,6 +56,20 @@ class LoRA:
     def stacked(self) -> int:
         """How many leading layer axes the parts carry: what a and b have too many for their base."""
         return self.a.ndim + self.b.ndim - 2 - len(shape(self.base))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["w"], meta_fields=["kind"])
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A float array whose products, in training, are computed in 8 bits (ops/matmul.py says which of them): `kind` is a key of KINDS."""
+
+    w: Array
+    kind: str
+
+
+# kind -> the types of what a product and its gradient are made of: activations and weights, the gradient that comes back, and whether the
+# weight's own gradient is such a product too
+KINDS = {"int8": ("int8", "int8", False), "fp8": ("float8_e4m3fn", "float8_e5m2", True)}
 
 
 class Axes(NamedTuple):
@@ -93,12 +108,12 @@ def write_axes(axes: Axes) -> str:
 
 def is_typed(w: Any) -> bool:
     """True for a typed weight, False for an array."""
-    return isinstance(w, (LoRA, Quantized))
+    return isinstance(w, (LoRA, Quantized, Rounded))
 
 
 def shape(w: Weight) -> tuple[int, ...]:
     """The logical shape: that of the array in whose place `w` stands, layer axes included."""
-    return shape(w.base) if isinstance(w, LoRA) else tuple(w.shape)
+    return shape(w.base) if isinstance(w, LoRA) else tuple(w.w.shape if isinstance(w, Rounded) else w.shape)
 
 
 def dense(w: Weight) -> Array:
@@ -109,6 +124,8 @@ def dense(w: Weight) -> Array:
             for_each_layer = jax.vmap(for_each_layer)
         base = dense(w.base)
         return base + (for_each_layer(w.a, w.b) * w.scale).astype(base.dtype)
+    if isinstance(w, Rounded):
+        return w.w
     return qwix.dequantize(w) if isinstance(w, Quantized) else w
 
 
@@ -118,6 +135,8 @@ def part_axes(w: Weight, axes: str) -> Any:
     if isinstance(w, LoRA):
         a, b = Axes(ax.stack, ax.first, ("_",), False), Axes(ax.stack, ("_",), ax.second, False)
         return LoRA(part_axes(w.base, axes), write_axes(a), write_axes(b), w.alpha)  # type: ignore[arg-type]
+    if isinstance(w, Rounded):
+        return Rounded(axes, w.kind)  # type: ignore[arg-type]
     if isinstance(w, Quantized):
         full = w.qvalue.shape
         along = lambda part: " ".join(n if s == f else "_" for n, s, f in zip(ax.names, part.shape, full, strict=True))
@@ -154,6 +173,27 @@ def lora(w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = N
     return LoRA(w, a, jnp.zeros((*stack, rank, *outs), dtype), float(rank if alpha is None else alpha))
 
 
+def rounded(params: Any, rules: trees.Rules, axes: Any) -> Any:
+    """The tree with Rounded in the place of arrays, of the kind that the first matching rule says, None for none: `[("blocks/.*", "int8")]`.
+
+    Only what multiplies is touched, and only where all of its axes have names ("embed -> mlp"): never norms, biases, tables ("vocab <- embed"),
+    routers ("embed -> _") or filters, whatever the rules match. Raises ValueError for an unknown kind, and where no weight is left.
+    """
+    for _, kind in rules:
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"products cannot be rounded to {kind!r}; {trees.did_you_mean(str(kind), KINDS, 'there are')}")
+
+    def one(w, text, kind):
+        ax = parse_axes(text)
+        multiplies = bool(ax.first) and not ax.outputs_first and "_" not in ax.names
+        return Rounded(w, kind) if kind is not None and multiplies and not is_typed(w) else w
+
+    made = jax.tree.map(one, params, axes, trees.apply_rules(rules, params, is_leaf=is_typed), is_leaf=is_typed)
+    if not any(isinstance(w, Rounded) for _, w in named_weights(made)):
+        raise ValueError(f"the rules {list(rules)!r} round no weight; they act on matrices with named axes, such as 'embed -> mlp'")
+    return made
+
+
 def trainable(tree: Any, axes: Any = None) -> Any:
     """A same-shaped tree of booleans: False for what can never train: integer leaves, the parts of a quantized weight, and, where the
     tree of `axes` is given, running statistics, whose axes are named "statistic"."""
@@ -163,6 +203,8 @@ def trainable(tree: Any, axes: Any = None) -> Any:
             return jax.tree.map(lambda _: False, w)
         if isinstance(w, LoRA):
             return LoRA(one(w.base), True, True, w.alpha)  # type: ignore[arg-type]
+        if isinstance(w, Rounded):
+            return Rounded(one(w.w), w.kind)  # type: ignore[arg-type]
         return bool(jnp.issubdtype(w.dtype, jnp.inexact))
 
     return jax.tree.map(one, tree, *([] if axes is None else [axes]), is_leaf=is_typed)

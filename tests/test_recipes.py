@@ -40,6 +40,8 @@ OVERRIDES = {
     "none": ("optimizer.clip=None", "optimizer.clip", None),
     "where None stood": ("fit.eval_every=5", "fit.eval_every", 5),
     "model's size": ("model.size=124m", "model.n_embd", 768),
+    "products in 8 bits": ("task.matmul=int8", "task.matmul", "int8"),
+    "products in 8 bits, by rules": ('task.matmul=[("blocks/.*", "fp8")]', "task.matmul", [["blocks/.*", "fp8"]]),
     "another family": ("model.name=llama", "model.hidden_size", 64),
 }
 

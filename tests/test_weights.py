@@ -33,6 +33,8 @@ WEIGHTS = {
     "lora over int8": lambda w, axes: _lora(weights.quantize(w, "int8", axes=axes), axes),
     "lora over lora": lambda w, axes: _lora(_lora(w, axes), axes, rank=3),
 }
+# Their products round, so that they are held to an error instead; every other law is theirs too.
+ROUNDED = {f"rounded to {kind}": lambda w, axes, kind=kind: weights.Rounded(w, kind) for kind in weights.KINDS}
 # axes, shape of one layer's weight, a product, the operand's shape
 PRODUCTS = {
     "plain": ("embed -> mlp", (8, 6), "btd,df->btf", (2, 5, 8)),
@@ -41,10 +43,12 @@ PRODUCTS = {
     "transposed": ("vocab <- embed", (6, 8), "btd,vd->btv", (2, 5, 8)),
 }
 each_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+each_rounded = pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+each_of_all = pytest.mark.parametrize("make", (WEIGHTS | ROUNDED).values(), ids=WEIGHTS | ROUNDED)
 each_product = pytest.mark.parametrize("axes, shape, spec, x_shape", PRODUCTS.values(), ids=PRODUCTS)
 
 
-@each_weight
+@each_of_all
 @each_product
 @pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "stacked"])
 def test_logical_shape(make, axes, shape, spec, x_shape, layers):
@@ -98,7 +102,7 @@ def test_gradient_reaches_what_trains_and_nothing_else(make):
         np.testing.assert_allclose(g, v, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@each_weight
+@each_of_all
 def test_sharded_equals_whole(make):
     axes = "layers | embed -> heads head_dim"
     w, x = make(_random((2, 8, 2, 4)), axes), _random((4, 8), 3)
@@ -111,7 +115,7 @@ def test_sharded_equals_whole(make):
     np.testing.assert_allclose(product(jax.device_put(w, where)), product(w), atol=1e-6)
 
 
-@each_weight
+@each_of_all
 def test_rows(make):
     w, ids = make(_random((6, 8)), "vocab <- embed"), jnp.array([[0, 5], [3, 3]])
     np.testing.assert_allclose(ops.take(w, ids), weights.dense(w)[ids], atol=1e-6)
@@ -127,6 +131,72 @@ def test_int8_error_is_half_a_step(axes, shape, spec, x_shape, group):
         scale = jnp.repeat(scale, full // part, axis=i)
     # and one rounding of float32 in the product code * scale, of at most 127 steps
     assert bool(jnp.all(jnp.abs(w - weights.dense(q)) <= scale * (0.5 + 127 * 2**-23)))
+
+
+def rounding(w, spec, x):
+    """How far rounding to 8 bits may take `einsum(spec, x, w)`: int8 is off by half a step of a 127th of the largest, float8_e4m3fn, which keeps
+    four bits with the leading one, by a sixteenth of the number itself; both operands are."""
+    sizes = jnp.einsum(spec, jnp.abs(x), jnp.abs(w.w))
+    if w.kind == "fp8":
+        return sizes * (2 * 2**-4 + 2**-8) + 1e-5 * sizes.max()  # and what is below the normal numbers, 2^-15 of the largest
+    terms = jnp.einsum(spec, jnp.ones_like(x), jnp.ones_like(w.w))
+    return terms * jnp.abs(x).max() * jnp.abs(w.w).max() * (2 / 254 + 1 / 254**2)
+
+
+@each_rounded
+@each_product
+def test_rounded_products_are_as_near_as_eight_bits(make, axes, shape, spec, x_shape):
+    w, x = make(_random(shape), axes), _random(x_shape, 3)
+    off = jnp.abs(jax.jit(ops.einsum, static_argnums=0)(spec, x, w) - jnp.einsum(spec, x, w.w))
+    assert bool(jnp.all(off <= rounding(w, spec, x)))
+    assert float(off.max()) > 0  # it does round
+    assert ops.einsum(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+
+
+@each_rounded
+def test_rounded_weights_scan_as_they_loop(make):
+    w, x = make(_random((3, 8, 8)), "layers | embed -> mlp"), _random((2, 8), 3)
+    got, _ = jax.jit(lambda w, x: jax.lax.scan(lambda x, w: (ops.einsum("...d,df->...f", x, w), None), x, w))(w, x)
+    want = x
+    for i in range(3):
+        want = ops.einsum("bd,df->bf", want, jax.tree.map(lambda part, i=i: part[i], w))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7 * float(jnp.abs(want).max()))
+
+
+# relative error of a gradient's norm. Rounding a product's operands to e4m3 moves it by about 2^-4 / sqrt(3) of each, e5m2 by twice that
+NEAR = {"int8": 2**-5, "fp8": 2**-3}
+
+
+@each_rounded
+def test_rounded_products_have_near_gradients(make):
+    w, x, v = make(_random((32, 16)), "embed -> mlp"), _random((64, 32), 3), _random((64, 16), 4)
+    loss = lambda w, x: jnp.sum(ops.einsum("bd,df->bf", x, w) * v)
+    grads, exact = jax.jit(jax.grad(loss, (0, 1)))(w, x), jax.grad(loss, (0, 1))(w.w, x)
+    for got, want in zip((grads[0].w, grads[1]), exact, strict=True):
+        assert got.dtype == want.dtype
+        assert float(jnp.linalg.norm(got - want)) <= NEAR[w.kind] * float(jnp.linalg.norm(want))
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(w, x).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    narrow = [line for line in products if line.count("xi8>" if w.kind == "int8" else "xf8E") >= 2]
+    assert (len(narrow), len(products)) == {"int8": (1, 2), "fp8": (2, 2)}[w.kind]  # dx and dw; y is not needed here
+
+
+TREE = {
+    "tokens": ("vocab <- embed", (6, 8)), "up": ("layers | embed -> mlp", (2, 8, 4)), "router": ("layers | embed -> _", (2, 8, 4)),
+    "norm": ("layers | norm", (2, 8)), "filter": ("_ _ _ -> embed", (3, 2, 2, 8)),
+}  # fmt: skip
+
+
+def test_rounded_reaches_products_with_named_axes_alone():
+    params, axes = ({name: part(*row) for name, row in TREE.items()} for part in (lambda _, s: jnp.ones(s), lambda text, _: text))
+    made = weights.rounded(params, [(".*", "int8")], axes)
+    assert [name for name, w in made.items() if isinstance(w, weights.Rounded)] == ["up"]
+    assert (
+        weights.rounded(params | {"down": params["up"]}, [("up", None), (".*", "fp8")], axes | {"down": axes["up"]})["up"] is params["up"]
+    )
+    for rules, message in [([("up", "int4")], "'int4'.*'int8'"), ([("norm", "int8")], "round no weight"), ([("u", "int8")], "matches no")]:
+        with pytest.raises(ValueError, match=message):
+            weights.rounded(params, rules, axes)
 
 
 def test_lora_starts_as_its_base():

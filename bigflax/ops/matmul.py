@@ -2,8 +2,22 @@
 
 `einsum(spec, x, w)` equals `jnp.einsum(spec, x, dense(w))` for every weight, without building `dense(w)`. The operand `x` decides the
 dtype of the product; a float weight is cast to it, so bfloat16 activations over float32 master weights need no other switch.
+
+A Rounded weight trains as the float that it is, while its products run in 8 bits, with one scale a row of x and one a column of w:
+
+    kind    y = x w          dx = g w^T         dw = x^T g
+    int8    int8 x int8      int8 x int8        in x's dtype
+    fp8     e4m3 x e4m3      e5m2 x e4m3        e4m3 x e5m2
+
+that is, where it is customary: int8 gradients of weights, sums over many tokens of very unequal size, lose what the small ones say (AQT's
+training configurations leave them in bfloat16), while e5m2 has the range. Rounding is to nearest and straight through.
+
+Sources: Micikevicius et al. 2022 (FP8 formats, arXiv 2209.05433); AQT, github.com/google/aqt. `qwix.quantize` and `qwix.einsum` are the products.
+
+Left out on purpose: stochastic rounding of gradients, and scales remembered from earlier steps (they would be state).
 """
 
+import functools
 import string
 
 import jax
@@ -12,7 +26,7 @@ import qwix
 from jax.sharding import NamedSharding
 
 from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, spec
-from bigflax.weights import LoRA, Quantized, Weight, dense
+from bigflax.weights import KINDS, LoRA, Quantized, Rounded, Weight, dense
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
@@ -27,11 +41,44 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
         return einsum(spec, x, w.base, precision=precision) + update * w.scale
     if isinstance(w, Quantized):
         return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
+    if isinstance(w, Rounded):
+        return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
     return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision)
+
+
+def narrow_einsum(spec: str, x: jax.Array, y: jax.Array, x_type: str, y_type: str) -> jax.Array:
+    """The product of both operands in 8 bits, summed in 32: [..] float32. Each has one scale for all that one sum runs over, its largest absolute
+    value over the largest number of the type, to which it is rounded to nearest."""
+    a, b, out = _operands(spec)
+    narrow = lambda v, letters, qtype: qwix.quantize(v, qtype, channelwise_axes=[i for i, c in enumerate(letters) if c in out])
+    return qwix.einsum(spec, narrow(x, a, x_type), narrow(y, b, y_type), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded(spec: str, kind: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    forward, _, _ = KINDS[kind]
+    return narrow_einsum(spec, x, w, forward, forward).astype(x.dtype)
+
+
+def _rounded_backward(spec, kind, saved, g):
+    """As if nothing had been rounded (straight through), with products of 8 bits of their own."""
+    x, w = saved
+    (a, b, out), (forward, back, both) = _operands(spec), KINDS[kind]
+    dx = narrow_einsum(f"{out},{b}->{a}", g, w, back, forward)
+    if both:
+        dw = narrow_einsum(f"{a},{out}->{b}", x, g, forward, back)
+    else:
+        dw = jnp.einsum(f"{a},{out}->{b}", x, g, preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_rounded.defvjp(lambda spec, kind, x, w: (_rounded(spec, kind, x, w), (x, w)), _rounded_backward)
 
 
 def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str, str | None] = ("vocab", "embed")) -> jax.Array:
     """Rows of a weight, whose `axes` these are: [V, D], ids [...] -> [..., D]. Ids outside 0..V-1 are clipped, as everywhere in JAX."""
+    if isinstance(w_VD, Rounded):
+        return take(w_VD.w, ids, dtype, axes=axes)
     if isinstance(w_VD, LoRA):
         rows = take(w_VD.base, ids, dtype, axes=axes)
         return rows + (take(w_VD.a, ids, rows.dtype, axes=(axes[0], None)) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
@@ -53,6 +100,13 @@ def _rows(w_VD: jax.Array, ids: jax.Array, dtype, axes) -> jax.Array:
     lay = lambda x, *names: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, x.shape, mesh, apart)))
     rows = constrain(w_VD, *axes).at[lay(ids, "batch", "seq")].get(mode="clip")
     return constrain(lay(rows.astype(dtype), "batch", "seq", axes[1]), "batch", "seq", None)
+
+
+def _lettered(spec: str, ndim: int) -> str:
+    """The spec with letters for "...", which is x's alone."""
+    inputs, _, _ = _operands(spec)
+    free = [c for c in string.ascii_letters if c not in spec]
+    return spec.replace("...", "".join(free[: ndim - len(inputs.replace("...", ""))]))
 
 
 def _operands(spec: str) -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bigflax import models, ops, trees, weights
+from bigflax.nn import REMAT
 
 T, VOCAB, LAYERS = 8, 40, 3
 # name -> (family, config); 3 layers, so that no number of heads is taken for it
@@ -304,7 +305,7 @@ def test_hidden_states(name):
     np.testing.assert_allclose(loss, np.where(labels == -100, 0, want), rtol=1e-4, atol=1e-5)
 
 
-VARIANTS = {"remat full": dict(remat="full"), "remat dots": dict(remat="dots"), "unrolled": dict(unroll=True)}
+VARIANTS = {f"remat {remat}": dict(remat=remat) for remat in REMAT if remat != "none"} | {"unrolled": dict(unroll=True)}
 
 
 def loss_and_grad(model):
@@ -325,7 +326,7 @@ def plain_loss_and_grad(name):
 slow_but = lambda quick: [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
-@pytest.mark.parametrize("variant", ["remat full", *(pytest.param(v, marks=pytest.mark.slow) for v in ("remat dots", "unrolled"))])
+@pytest.mark.parametrize("variant", [v if v == "remat full" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 @pytest.mark.parametrize("name", slow_but(["gpt2"]))
 def test_neither_remat_nor_unrolling_changes_the_gradient(name, variant):
     want_loss, want = plain_loss_and_grad(name)
@@ -338,10 +339,12 @@ def test_neither_remat_nor_unrolling_changes_the_gradient(name, variant):
 
 @pytest.mark.parametrize("name", slow_but(["llama"]))
 def test_remat_recomputes(name):
-    """Products in the traced program: "dots" repeats those of attention, "full" the layer's as well."""
-    traced = (loss_and_grad(create(name, remat=remat)).lower(made(name)[1]) for remat in ("none", "dots", "full"))
-    products = [program.as_text().count("dot_general") for program in traced]
-    assert products[0] < products[1] < products[2], products
+    """Products in the traced program: "minimal" repeats attention's scores, "dots" its sums too, "full" the layer's as well."""
+    traced = {remat: str(loss_and_grad(create(name, remat=remat)).trace(made(name)[1]).jaxpr) for remat in REMAT}
+    products = {remat: text.count("dot_general") for remat, text in traced.items()}
+    assert products["none"] < products["minimal"] < products["dots"] < products["full"] == products["offload"], products
+    kept = f"f32<host>[{LAYERS},2,{T},"  # the stack of the layers' inputs
+    assert {remat for remat, text in traced.items() if kept in text} == {"offload"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])  # Llama has none
