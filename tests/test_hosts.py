@@ -1,6 +1,7 @@
 """Several processes as one run, over gloo on this machine: the same weights, checkpoints that change hands, and an end for every mishap."""
 
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -366,12 +368,56 @@ def test_where_nothing_tells_the_others(monkeypatch):
     assert hosts.find("10.0.0.1:1", 4, None, 5) == ("10.0.0.1:1", 4, 3, None)
 
 
-def test_a_metadata_server_that_does_not_answer(monkeypatch):
-    from jax._src.clusters import ClusterEnv
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a Cloud TPU machine is told: here the second host of the second of two slices, two hosts each."""
 
-    monkeypatch.setattr(ClusterEnv, "auto_detect_unset_distributed_params", lambda *_: time.sleep(60))
-    with pytest.raises(RuntimeError, match=r"could not find the other hosts within 1 s: no answer"):
-        hosts.find(None, None, None, 1)
+    ATTRIBUTES: ClassVar = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "a:1:10.0.0.3,b:2:10.0.0.4",
+        "tpu-env": "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.1:8080'\n",
+    }
+
+    def do_GET(self):
+        text = self.ATTRIBUTES.get(self.path.rpartition("/")[2])
+        self.send_response(200 if text else 404)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def tpu_machine(monkeypatch):
+    """This machine, taken for one of Cloud TPU; returns a function that says where its metadata server is."""
+    pytest.importorskip("requests", reason="JAX asks the metadata server through requests")
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda port: monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{port}")
+
+
+def test_a_metadata_server_tells(tpu_machine):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        tpu_machine(server.server_port)
+        try:
+            assert hosts.find(None, None, None, 20) == ("10.0.0.1:8482", 4, 3, None)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_metadata_server_that_does_not_answer(tpu_machine):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tpu_machine(silent.getsockname()[1])
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"could not find the other hosts within 1 s: no answer"):
+            hosts.find(None, None, None, 1)
+        assert time.monotonic() - began < 10
 
 
 def test_one_host_needs_no_others():

@@ -232,7 +232,7 @@ if state != "-":
 rows = []
 for _, batch in zip(range(100 if not repeat else 3), loader):
     rows.append({int(s.index[0].start or 0): np.asarray(s.data).tolist() for s in batch["input_ids"].addressable_shards})
-print(json.dumps([rows, loader.state()]))
+print(json.dumps([rows, loader.state(), sorted(loader._positions)]))
 loader.close()
 """
 
@@ -251,9 +251,11 @@ def run_hosts(hosts, folder, repeat, state="-"):
     done = [process.communicate(timeout=120) for process in running]
     assert all(process.returncode == 0 for process in running), done
     found = [json.loads(out.strip().splitlines()[-1]) for out, _ in done]
-    assert all(state == found[0][1] for _, state in found)
+    assert all(state == found[0][1] for _, state, _ in found)
+    read = [shard for *_, shards in found for shard in shards]
+    assert sorted(read) == sorted(found[0][1]["positions"])  # each virtual shard, so each record, is read by one host alone
     steps = []
-    for parts in zip(*(rows for rows, _ in found), strict=True):
+    for parts in zip(*(rows for rows, *_ in found), strict=True):
         joined = {int(at): rows for part in parts for at, rows in part.items()}
         steps.append([row for at in sorted(joined) for row in joined[at]])
     return steps, json.dumps(found[0][1])
