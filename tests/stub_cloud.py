@@ -28,14 +28,14 @@ COMMANDS = {  # of Google Cloud SDK 528, without those that the scripts have no 
 }  # fmt: skip
 WIDE = {"quiet", "project", "format", "flatten"}  # of every command
 FAULTS = {
-    "lives": [["ACTIVE"]],  # the states of the first slice, the second ...: each look takes one, the last stays; the last life is every later one's
+    "lives": [["ACTIVE"]],  # the states of each slice: a look takes one and the last stays; the last slice is every later one's model
     "create": [],  # complaints of the next calls that create
     "describe": [],  # and of those that look; "" is none
     "silent": [],  # workers that SSH does not reach
     "preempted": False,  # machines are gone, and their slice does not say so yet
     "readonly": False,  # machines cannot write to buckets
     "install": [],  # exit codes of the next calls of `uv pip`, over all machines
-    "training": ["0"],  # how each start of a worker goes: an exit code, or "run" until SIGTERM, or "deaf"; the last is every later one's
+    "training": ["0"],  # how each start ends: an exit code, or "run" until SIGTERM; "137|2" is worker 0's and 1's; the last stays
     "workers": 2,
 }
 
@@ -195,7 +195,7 @@ def ssh(node, *, flags):
     failed = 0
     for worker in range(count) if flags["worker"] == "all" else [int(flags["worker"])]:
         if worker in silent:
-            print(f"SSH: Attempting to connect to worker {worker}...\nRetrying: [/usr/bin/ssh] exited with return code [255].", file=sys.stderr)
+            print(f"SSH: Attempting to connect to worker {worker}...\n[/usr/bin/ssh] exited with return code [255].", file=sys.stderr)
             failed = 255
             continue
         env = {**os.environ, "HOME": f"{HERE}/machines/{life}/{node}/{worker}", "STUB_HOST": f"t1v-n-{life}{node[-1]}-w-{worker}"}
@@ -207,13 +207,9 @@ def ssh(node, *, flags):
 def local(url):
     if not url.startswith("gs://"):
         return url
-    with State() as values:
-        readonly = values["readonly"]
     bucket = url.removeprefix("gs://").partition("/")[0]
     if not os.path.isdir(f"{HERE}/buckets/{bucket}"):
         raise Failure(f"ERROR: (gcloud.storage) gs://{bucket} not found: 404.")
-    if readonly and os.environ["STUB_HOST"] != "laptop" and url == sys.argv[-2]:
-        raise Failure("ERROR: (gcloud.storage.cp) [1-compute@developer.gserviceaccount.com] does not have permission: 403")
     return f"{HERE}/buckets/{url.removeprefix('gs://')}"
 
 
@@ -229,6 +225,9 @@ def found(url):
 
 def cp(*urls, flags):
     target = local(urls[-1])
+    with State() as values:
+        if values["readonly"] and target != urls[-1] and os.environ["STUB_HOST"] != "laptop":
+            raise Failure("ERROR: (gcloud.storage.cp) [1-compute@developer.gserviceaccount.com] does not have permission: 403")
     for file in [file for url in urls[:-1] for file in found(url)]:
         into = os.path.join(target, os.path.basename(file)) if urls[-1].endswith("/") or os.path.isdir(target) else target
         os.makedirs(os.path.dirname(into) or ".", exist_ok=True)
@@ -269,10 +268,10 @@ def bigflax(words):
         starts = values.setdefault("starts", {})
         host = os.environ["STUB_HOST"].rpartition("-")[2]
         starts[host] = starts.get(host, 0) + 1
-        how = values["training"][min(starts[host], len(values["training"])) - 1]
+        how = (values["training"][min(starts[host], len(values["training"])) - 1].split("|") * 9)[int(host) if host.isdigit() else 0]
     print(f"start {starts[host]} of worker {host}", flush=True)
-    if how in ("run", "deaf"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if how == "run" else None)
+    if how == "run":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         while True:
             time.sleep(0.05)
     if how == "2":

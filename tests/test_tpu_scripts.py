@@ -22,7 +22,7 @@ from bigflax.main import parser
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 VERBS = ("create", "setup", "run", "watch", "status", "logs", "ssh", "stop", "delete", "gke", "xpk")
-AWKWARD = ["--config.data.source.path=gs://b/a b/*.parquet", "--config.sample.prompt=it's \"$HOME\" `id` \\ & ; é", "--config.work2="]
+AWKWARD = ["--config.data.source.path=gs://b/a b/*.parquet", '--config.sample.prompt=it\'s "$HOME" `id` \\ & ; é', "--config.work2="]
 
 
 def until(condition, seconds=60):
@@ -153,7 +153,7 @@ def test_from_nothing_to_a_finished_run(cloud):
     """create, setup, run, watch, logs, delete; every argument reaches every worker as it was written."""
     assert "billed from now on" in cloud.call("create")
     (call,) = cloud.calls("gcloud", "compute", "tpus", "queued-resources", "create")
-    assert {"--node-id=bigflax", "--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--valid-until-duration=24h"} <= {*call}
+    assert {"--node-id=bigflax", "--accelerator-type=v5litepod-8", "--spot", "--valid-until-duration=24h"} <= {*call}
     cloud.call("setup")
     assert "ready" in cloud.call("status")
     cloud.call("run", *AWKWARD)
@@ -183,7 +183,7 @@ def test_detached(cloud):
 
 COMPLAINTS = {
     "Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZone' has been exceeded. Limit: 0": "iam-admin/quotas",
-    "There is no more capacity in the zone \"us-west4-a\"": "has no free v5litepod-8",
+    'There is no more capacity in the zone "us-west4-a"': "has no free v5litepod-8",
     "PERMISSION_DENIED: Permission 'tpu.queuedResources.create' denied": "TPU Admin",
     "Cloud TPU API has not been used in project 1 before or it is disabled.": "gcloud services enable tpu.googleapis.com",
     "You do not currently have an active account selected. Please run:\n\n  $ gcloud auth login": "gcloud auth login",
@@ -214,7 +214,12 @@ def test_no_capacity(cloud):
     text = cloud.call("create", code=1)
     assert "There is no more capacity in the zone. Nothing is billed" in text
     text = cloud.call("create")
-    assert re.findall("WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE|FAILED", text) == ["FAILED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    assert re.findall("WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE|FAILED", text) == [
+        "FAILED",
+        "WAITING_FOR_RESOURCES",
+        "PROVISIONING",
+        "ACTIVE",
+    ]
     assert cloud.created() == 2
     cloud.call("create")
     assert cloud.created() == 2
@@ -253,7 +258,8 @@ def test_setup_takes_a_folder_or_a_wheel(cloud):
         (cloud.folder / "tree dir" / name).touch()
     cloud.call("setup", PACKAGE="tree dir")
     assert cloud.calls("uv", "pip", hosts="t1v")[-1][-1] == "./source[tpu,gcs]"
-    assert {p.name for p in next(cloud.folder.glob("machines/*/*/0/bigflax/source")).iterdir()} == {"bigflax", "configs", "pyproject.toml", "README.md", "LICENSE"}
+    source = next(cloud.folder.glob("machines/*/*/0/bigflax/source"))
+    assert {path.name for path in source.iterdir()} == {"bigflax", "configs", "pyproject.toml", "README.md", "LICENSE"}
     (cloud.folder / "bigflax-0.1.0-py3-none-any.whl").touch()
     cloud.call("setup", PACKAGE="bigflax-0.1.0-py3-none-any.whl")
     assert cloud.calls("uv", "pip", hosts="t1v")[-1][-1] == "./bigflax-0.1.0-py3-none-any.whl[tpu,gcs]"
@@ -305,6 +311,8 @@ ENDS = {  # how the starts of each worker end: exit code of watch, what it says,
     "a mistake": (["2"], 2, "did you mean 'hidden_size'?", 1),
     "stopped, then a mistake": (["75", "2"], 2, "exit code 2", 2),
     "crashed, then done": (["139", "1", "0"], 0, "start 2 of 3", 3),
+    "a host lost another": (["137|2", "0"], 0, "ended 137", 2),
+    "stopped, all but one": (["75|2", "0"], 0, "ended 2", 2),
     "crashes": (["1"], 1, "crashed 4 times in a row (ended 1 on bigflax.t1v", 4),
 }
 
@@ -312,11 +320,12 @@ ENDS = {  # how the starts of each worker end: exit code of watch, what it says,
 @pytest.mark.parametrize("case", ENDS)
 def test_watch_knows_exit_codes(case, cloud):
     training, code, said, starts = ENDS[case]
-    cloud.faults(training=training, workers=1)
-    cloud.up(workers=1)
+    workers = 1 + ("|" in training[0])
+    cloud.faults(training=training, workers=workers)
+    cloud.up(workers=workers)
     text = cloud.call("watch", code=code)
     assert said in text and "tpu_scripts/delete ends that" in text
-    assert len(cloud.trainings()) == starts
+    assert len(cloud.trainings()) == workers * starts
     assert cloud.created() == 1
 
 
@@ -324,9 +333,13 @@ LOSSES = {  # what befalls the first slice and those after it
     "while it trains": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDING", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "ACTIVE"]]),
     "twice": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE", "ACTIVE", "SUSPENDED"], ["ACTIVE"]], training=["run", "run", "0"]),
     "no capacity at first": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["WAITING_FOR_RESOURCES", "FAILED"], ["ACTIVE"]]),
-    "and the request is refused at first": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE"]], create=["", "Quota limit exceeded", "no more capacity"]),
+    "and the request is refused at first": dict(
+        lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE"]], create=["", "Quota limit exceeded", "no more capacity"]
+    ),
     "and its machines know first": dict(),
-    "and the network is down": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE"]], describe=[""] * 6 + ["connection reset by peer"] * 5),
+    "and the network is down": dict(
+        lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE"]], describe=[""] * 6 + ["connection reset by peer"] * 5
+    ),
     "and setting up fails at first": dict(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["ACTIVE"]], install=["0", "0", "0", "2"]),
 }
 
@@ -342,7 +355,7 @@ def test_a_slice_taken_away_comes_back(case, cloud):
     assert "the run is done" in text
     trainings = cloud.trainings()
     assert trainings == [trainings[0]] * (6 if case == "twice" else 4)
-    assert cloud.created() == 1 + len(LOSSES[case].get("lives", "12")[1:]) + 2 * ("create" in LOSSES[case]) if "lives" in LOSSES[case] else 2
+    assert cloud.created() == len(LOSSES[case].get("lives", "12")) + 2 * ("create" in LOSSES[case])
     until(lambda: "exit code 75" in cloud.log(0))
 
 
@@ -499,16 +512,22 @@ def test_gke(topology, chip, machines, each, cloud):
         "cloud.google.com/gke-tpu-accelerator": chip, "cloud.google.com/gke-tpu-topology": topology.partition(":")[2], "cloud.google.com/gke-spot": "true",
     }  # fmt: skip
     assert container["resources"]["limits"] == {"google.com/tpu": each}
-    words = ["train", "--config=gpt2_124m", "--config.work=gs://b/bigflax/work", "--hosts=0", "--timeout=1800", *AWKWARD, "$$(X)"]  # $$(: not Kubernetes' own
+    words = [
+        "train",
+        "--config=gpt2_124m",
+        "--config.work=gs://b/bigflax/work",
+        "--hosts=0",
+        "--timeout=1800",
+        *AWKWARD,
+        "$$(X)",
+    ]  # $$(: not Kubernetes' own
     assert container["args"] == words
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [2] and rule["onExitCodes"]["containerName"] == container["name"]
     done = subprocess.run([*container["command"], *words], env=cloud.env | {"PACKAGE": ""}, cwd=cloud.folder, check=True)
     assert done.returncode == 0 and cloud.trainings() == [words]
 
 
 def test_gke_without_a_cluster(cloud):
-    cloud.faults(create=["error: the server doesn't have a resource type \"jobset\""])
+    cloud.faults(create=['error: the server doesn\'t have a resource type "jobset"'])
     assert "is JobSet installed there?" in cloud.call("gke", code=1)
     assert "a pod cannot see it" in cloud.call("gke", code=2, PACKAGE=".")
     assert "a pod cannot see a file" in cloud.call("xpk", code=2, CLUSTER="c", CONFIG="mine.py")
@@ -518,10 +537,12 @@ def test_xpk(cloud):
     """The command survives two shells: XPK's container runs it as text."""
     cloud.call("xpk", *AWKWARD, CLUSTER="c", PACKAGE="")
     (call,) = cloud.calls("xpk")
-    assert call[1:3] == ["workload", "create"] and {"--tpu-type=v5litepod-8", "--cluster=c", "--restart-on-exit-codes=75"} <= {*call}
+    assert call[1:3] == ["workload", "create"] and {"--tpu-type=v5litepod-8", "--cluster=c", "--restart-on-exit-codes=1,2,75"} <= {*call}
     (command,) = (word.partition("=")[2] for word in call if word.startswith("--command="))
     subprocess.run(["bash", "-c", command], env=cloud.env, cwd=cloud.folder, check=True)
-    assert cloud.trainings() == [["train", "--config=gpt2_124m", "--config.work=gs://b/bigflax/work", "--hosts=0", "--timeout=1800", *AWKWARD]]
+    assert cloud.trainings() == [
+        ["train", "--config=gpt2_124m", "--config.work=gs://b/bigflax/work", "--hosts=0", "--timeout=1800", *AWKWARD]
+    ]
 
 
 def test_skypilot(cloud):
@@ -530,7 +551,9 @@ def test_skypilot(cloud):
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     (cloud.folder / "bigflax-venv/bin").mkdir(parents=True)
     stub_cloud.program(cloud.folder / "bigflax-venv/bin/bigflax", "bigflax")
-    run = lambda **env: subprocess.run(["bash", "-e", "-c", task["run"]], env=cloud.env | task["envs"] | env, capture_output=True, text=True)
+    run = lambda **env: subprocess.run(
+        ["bash", "-e", "-c", task["run"]], env=cloud.env | task["envs"] | env, capture_output=True, text=True
+    )
     assert "--env WORK=gs://" in run().stderr
     assert run(WORK="gs://b/a b").returncode == 0
     assert cloud.trainings() == [["train", "--config=gpt2_124m", "--config.work=gs://b/a b", "--hosts=0"]]
