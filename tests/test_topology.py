@@ -56,7 +56,7 @@ def test_neighbours_on_inner_axes_are_neighbours_on_the_grid():
     assert {device.slice_index for device in mesh.devices[1].flat} == {1}
     for row in mesh.devices.reshape(-1, 4):
         steps = [
-            sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) for one, other in zip(row[:-1], row[1:], strict=True)
+            sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) for one, other in itertools.pairwise(row)
         ]
         assert max(steps) == 1
 

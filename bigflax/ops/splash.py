@@ -86,7 +86,7 @@ def kernel(
     mask = rules.FullMask((T, S)) if full else Rule((T, S), causal, window, order)
     q, kv = _block(T // max(shards, len(order)), BLOCKS[0]), _block(S, BLOCKS[1])
     sizes = kernels.BlockSizes(q, kv, min(kv, BLOCKS[0]) if kv % BLOCKS[0] == 0 else kv, q, kv, _block(kv, BLOCKS[0]), q, kv)
-    with jax.ensure_compile_time_eval():
+    with jax.core.eval_context():  # ensure_compile_time_eval does not reach through a scan of Flax
         made = kernels.make_splash_mha(
             rules.MultiHeadMask([mask] * heads), block_sizes=sizes, attn_logits_soft_cap=softcap, interpret=interpret, head_shards=1,
             q_seq_shards=1 if full else shards, residual_checkpoint_name=SAVED,
