@@ -190,6 +190,9 @@ def current_layout() -> Layout | None:
     return _tracing.get()
 
 
+NOWHERE = "nowhere"  # the platform of a device whose programs are counted, not run
+
+
 def platform() -> str:
     """Where the function being traced will run, "cpu", "gpu" or "tpu": on the layout's devices, which may be those of a machine that is only
     planned for; else on this process's own. Fast paths are chosen by it."""

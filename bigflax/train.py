@@ -34,7 +34,7 @@ from bigflax import optim, pipeline, trees, xla
 from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
-from bigflax.sharding import TABLE, Table, make_mesh, replicated, shardings, tracing_on
+from bigflax.sharding import NOWHERE, TABLE, Table, make_mesh, replicated, shardings, tracing_on
 from bigflax.topology import StandIn
 from bigflax.weights import trainable
 
@@ -245,7 +245,7 @@ def model_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any) -> int:
     """
     whole = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     loss = lambda weights, batch: split_loss(loss_fn(weights, batch, None))[0].total
-    with tracing_on(make_mesh(devices=[StandIn(0, (0, 0, 0), 0, 0, "nowhere", platform="nowhere")])):
+    with tracing_on(make_mesh(devices=[StandIn(0, (0, 0, 0), 0, 0, NOWHERE, platform=NOWHERE)])):
         return 3 * count_flops(loss, whole(weights), whole(batch))
 
 
