@@ -26,7 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bigflax.ops import context, splash
+from bigflax.ops import context
 from bigflax.ops.masks import NEVER, Mask, allowed
 from bigflax.ops.xla_attention import xla
 from bigflax.sharding import platform
@@ -65,9 +65,13 @@ def attention(
     if name == "reference":
         return _reference(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias)
     at = context.place(q_BTNH, k_BSKH)
-    kernel = name == "splash" and splash.can(q_BTNH, k_BSKH, v_BSKH, mask, bias, at.parts(at.seq))
-    if kernel or at.seq:
-        return context.spread(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias, at, kernel=kernel)
+    if name == "splash":
+        from bigflax.ops import splash  # Pallas takes half a second to import
+
+        if splash.can(q_BTNH, k_BSKH, v_BSKH, mask, bias, at.parts(at.seq)):
+            return splash.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, at)
+    if at.seq:
+        return context.spread(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias, at)
     if name == "cudnn" and _cudnn_can(q_BTNH, k_BSKH, v_BSKH, mask, softcap, bias):
         return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale)
     return xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias)

@@ -58,7 +58,12 @@ def sees(mask: Mask, T: int, S: int, own: jax.Array | None) -> jax.Array | None:
     """
     if mask.q_segments is None:
         return None
-    search = lambda: allowed(mask, T, S).any(-1)
+
+    def search() -> jax.Array:
+        seen = allowed(mask, T, S)
+        assert seen is not None
+        return seen.any(-1)
+
     if own is None or own.shape[1] != T:
         return search()
     found = jax.eval_shape(search)

@@ -187,8 +187,8 @@ def test_halves_travel_to_whom_they_are_due_and_home_again(n):
     at = context.Place(sharding.make_mesh(devices=jax.devices()[:n], context=n), seq=("context",))
     rule = jax.sharding.PartitionSpec(None, "context")
     spread = lambda function: jax.jit(jax.shard_map(function, mesh=at.mesh, in_specs=rule, out_specs=rule))
-    there = spread(lambda x: jnp.concatenate(context._exchange(x, at), axis=1))
-    back = spread(lambda x: context._give_back(jnp.stack(jnp.split(x, 2, axis=1)), at))
+    there = spread(lambda x: jnp.concatenate(context.exchange(x, at), axis=1))
+    back = spread(lambda x: context.give_back(jnp.stack(jnp.split(x, 2, axis=1)), at))
     halves = jnp.repeat(jnp.arange(2 * n), 3)[None]
     moved = there(halves)
     np.testing.assert_array_equal(moved[0, ::3], [half for i in range(n) for half in (i, 2 * n - 1 - i)])
