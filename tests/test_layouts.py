@@ -20,6 +20,7 @@ MESHES = {
     "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 ALL = MESHES["data=2 fsdp=2 tensor=2"]
+SEQUENCE = {"fsdp": 2, "context": 2, "tensor": 2}
 FOUNDATIONS = ("bert", "gpt2", "llama")  # what the others are composed like: these on every mesh
 # family, config, mesh, packed, chunk of the head
 STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for family in FOUNDATIONS for mesh, sizes in MESHES.items()} | {
@@ -29,6 +30,12 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "bert, a head in chunks": ("bert", {}, ALL, False, 256),
     "gpt2, a head in chunks": ("gpt2", {}, ALL, True, 256),
     "mixtral, experts apart": ("mixtral", {}, {"fsdp": 2, "expert": 2, "tensor": 2}, True, None),
+    **{
+        f"{family}, a sequence over devices": (family, {}, SEQUENCE, family in ("gpt2", "llama"), None)
+        for family in ("bert", "gpt2", "llama", "gemma2", "mixtral", "t5", "whisper", "vit")
+    },
+    "llama, a sequence over eight": ("llama", {"remat": "full"}, {"context": 8}, True, None),
+    "llama, a sequence over devices, a head in chunks": ("llama", {}, SEQUENCE, True, 256),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
 }
 TOGETHER = 8  # cases a process: starting one takes as long as compiling two of them
@@ -119,8 +126,8 @@ def test_training_steps_lie_well(names):
     assert not {name: [line[:600] for line in text.splitlines() if MESSAGE in line] for name, text in said.items() if MESSAGE in text}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_decoding_lies_well(family):
-    out, err = child(DECODE, repr((family, ALL)))
+@pytest.mark.parametrize("family, mesh", [("gpt2", ALL), ("llama", ALL), ("t5", ALL), ("llama", SEQUENCE)], ids=str)
+def test_decoding_lies_well(family, mesh):
+    out, err = child(DECODE, repr((family, mesh)))
     assert "compiled" in out
     assert MESSAGE not in err, [line[:600] for line in err.splitlines() if MESSAGE in line]
