@@ -7,7 +7,7 @@ Under a causal mask the devices of the first pieces would have little to do. So 
 queries, 2n halves in all: device i computes halves i and 2n-1-i, which together see 2n+1 halves of keys whatever i is, and sends what came out
 back. It is done here and nowhere else: no token, label or position of the batch is moved.
 
-    pieces that device i multiplies, forward, of n*2n if all were full:      dense 2n of half by half for each half: 4n      balanced 2n + 1
+    pairs (half of queries, half of keys) that a device multiplies      all keys 4n      causal where they lie, the last one 4n-1      balanced 2n+1
 
 In XLA's own products a device goes through its 2n+1 pairs (half of queries, half of keys) in one scan with an online softmax (Milakov &
 Gimelshein 2018, arXiv 1805.02867), and its backward pass through the same pairs with the log-sums that were kept (Dao et al. 2022, 2205.14135):
@@ -16,7 +16,7 @@ nothing of size [T, T] exists. On a TPU it is one splash kernel whose grid knows
 Sources: Liu et al. 2023 (ring attention, 2310.01889); Brandon et al. 2023 (striped attention, 2311.09431); Llama 3 (2407.21783, section 3.3.2).
 
 Left out on purpose: the ring, which sends the same bytes in n-1 messages; and with a bias, positions that are data or no causal mask, the
-exchange: there [B, N, T/n, S] exists on the XLA path, and is computed again on the way back.
+exchange: there [B, N, T/n, S] exists on the XLA path, and is computed again on the way back. Nor does that path leave out what a window blanks.
 
 Shapes: B batch, T query time, S key time, N heads, K kv heads, H head width, C half of a device's T.
 """
@@ -91,6 +91,11 @@ def balances(mask: Mask, T: int, S: int, at: Place) -> bool:
     return mask.causal and T == S and mask.rising and at.parts(at.seq) > 1
 
 
+def order(T: int, n: int) -> tuple[int, ...]:
+    """Where the two halves that each device computes begin, device by device."""
+    return tuple(half * T // (2 * n) for i in range(n) for half in (i, 2 * n - 1 - i))
+
+
 def below(
     local: Callable[..., jax.Array], q, k, v, mask: Mask, bias: jax.Array | None, at: Place, extra: Any = None, where: Any = None
 ) -> Any:
@@ -102,8 +107,8 @@ def below(
     rows, columns = P(at.batch, at.seq, at.heads), P(at.batch, at.keys, at.heads)
     ids = [at.ids(x, axes) for x, axes in zip(mask[2:], (at.seq, at.keys) * 2, strict=True)]
     specs = (rows, columns, columns, (at.bias(bias), *ids), where)
-    # Pallas does not say over which axes its outputs vary.
-    return jax.shard_map(local, mesh=at.mesh, in_specs=specs, out_specs=rows, check_vma=extra is None)(q, k, v, arrays, extra)
+    traced = extra is None  # a Pallas kernel does not say over which axes its outputs vary
+    return jax.shard_map(local, mesh=at.mesh, in_specs=specs, out_specs=rows, check_vma=traced)(q, k, v, arrays, extra)
 
 
 def recomputed(local: Callable[..., jax.Array], *saved: str) -> Callable[..., jax.Array]:
@@ -133,6 +138,7 @@ def placed(at: Place, mask: Mask, q: jax.Array, S: int) -> Mask:
 
 
 def _by_rows(at: Place, rule: Mask, scale: float, softcap: float | None, q, k, v, arrays, _) -> jax.Array:
+    """This device's queries, where they stand, with all keys."""
     bias, *ids = arrays
     mask = Mask(rule.causal, rule.window, ids[0], gather(ids[1], at.keys), ids[2], gather(ids[3], at.keys))
     k, v = gather(k, at.keys), gather(v, at.keys)

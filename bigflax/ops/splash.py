@@ -53,7 +53,7 @@ class Rule(rules.Mask):
     lengths: tuple[int, int]
     causal: bool
     window: int | None
-    order: tuple[int, ...]  # each run of equally many rows begins at this position
+    order: tuple[int, ...]  # where runs of equally many rows begin
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,10 +112,9 @@ def splash(q, k, v, mask: Mask, scale: float, softcap: float | None, at: context
     rule = Mask(mask.causal, mask.window)
     # A window lets all devices work alike where they are.
     own = context.balances(mask, T, S, at) and mask.window is None and T // n % (2 * LANES) == 0
-    begin = tuple(half * T // (2 * n) for i in range(n) for half in (i, 2 * n - 1 - i)) if own else (0,)
     shards = 1 if rule == Mask() else n  # without a mask the kernel is one device's
     rows = T // n * shards
-    run = kernel(rows, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", shards, begin)
+    run = kernel(rows, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", shards, context.order(T, n) if own else (0,))
     where = None
     if at.mesh is not None:
         cut = run.manual_sharding_spec(NamedSharding(at.mesh, P(None, at.seq)))

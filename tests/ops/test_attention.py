@@ -206,12 +206,11 @@ def test_devices_work_alike_and_no_more_than_they_must(n, monkeypatch):
 
     assert count(causal=True) == count() * (2 * n + 1) // (4 * n)
     monkeypatch.setattr(splash, "BLOCKS", (128, 128))
-    begin = tuple(half * 128 for i in range(n) for half in (i, 2 * n - 1 - i))
     visits = lambda order: np.asarray(
         splash.kernel.__wrapped__(256 * n, 256 * n, 1, True, None, None, True, n, order).fwd_mask_info.block_mask
     )
     per_device = lambda order: (visits(order).reshape(n, -1) > 0).sum(1)
-    assert set(per_device(begin)) == {2 * n + 1}
+    assert set(per_device(context.order(256 * n, n))) == {2 * n + 1}
     assert per_device((0,)).max() == 4 * n - 1
 
 
