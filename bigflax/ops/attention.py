@@ -26,9 +26,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bigflax.ops import context
-from bigflax.ops.masks import NEVER, Mask, allowed
+from bigflax.ops.masks import NEVER, SAVED, Mask, allowed
 from bigflax.ops.xla_attention import xla
 from bigflax.sharding import platform
 
@@ -75,8 +76,8 @@ def attention(
     if at.seq:
         return context.spread(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias, at)
     if name == "cudnn" and _cudnn_can(q_BTNH, k_BSKH, v_BSKH, mask, softcap, bias):
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale)
-    return xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias)
+        return checkpoint_name(_cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale), SAVED)
+    return checkpoint_name(xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias), SAVED)
 
 
 def _choose(implementation: str | None) -> str:

@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bigflax.ops.masks import NEVER, Mask, near
+from bigflax.ops.masks import NEVER, SAVED, Mask, near
 from bigflax.ops.xla_attention import grouped, xla
 from bigflax.sharding import axes_of, current_layout
 
@@ -77,13 +78,11 @@ def place(q: jax.Array, k: jax.Array) -> Place:
 def spread(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.Array | None, at: Place) -> jax.Array:
     """Attention over a sequence that lies over `at.seq`, in XLA's products."""
     rule, T = Mask(mask.causal, mask.window), q.shape[1]
-    local: Callable[..., Any]
     if balances(mask, T, k.shape[1], at) and bias is None and T % (2 * at.parts(at.seq)) == 0:
         pairs = Pairs(at, rule, scale, softcap)
-        local = lambda q, k, v, arrays, _: _by_pairs(pairs, q, k, v, *arrays[1:3])
-    else:
-        local = recomputed(functools.partial(_by_rows, at, rule, scale, softcap))
-    return below(local, q, k, v, mask, bias, at)
+        return below(lambda q, k, v, arrays, _: _by_pairs(pairs, q, k, v, *arrays[1:3]), q, k, v, mask, bias, at)
+    local = recomputed(functools.partial(_by_rows, at, rule, scale, softcap))
+    return checkpoint_name(below(local, q, k, v, mask, bias, at), SAVED)
 
 
 def balances(mask: Mask, T: int, S: int, at: Place) -> bool:
@@ -232,8 +231,8 @@ def _forward(pairs: Pairs, q, k, v, q_ids, kv_ids):
     start = (pairs.zeros(*shape), pairs.zeros(*shape[:-1]) + NEVER, pairs.zeros(*shape[:-1]))
     (out, most, total), _ = jax.lax.scan(one, start, pairs.steps)
     total = jnp.where(total > 0, total, 1)  # a row without a key: its sum is 0
-    out = (out / total[..., None]).astype(q.dtype)
-    return give_back(out.swapaxes(2, 3), pairs.at), (q, k, v, q_ids, kv_ids, out, most + jnp.log(total))
+    out, logsum = (checkpoint_name(x, SAVED) for x in ((out / total[..., None]).astype(q.dtype), most + jnp.log(total)))
+    return give_back(out.swapaxes(2, 3), pairs.at), (q, k, v, q_ids, kv_ids, out, logsum)
 
 
 def _backward(pairs: Pairs, saved, dout):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+SAVED = "attention"  # the checkpoint name of attention's output and log-sums: a policy that saves it has no attention computed twice
 NEVER = float(jnp.finfo(jnp.float32).min)  # not -inf: a row of -inf alone would be NaN in the backward pass
 
 

@@ -30,12 +30,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigflax.ops import context
-from bigflax.ops.masks import Mask, near, sees
+from bigflax.ops.masks import SAVED, Mask, near, sees
 from bigflax.sharding import platform
 
 LANES = 128  # lengths are multiples of it
 BLOCKS = (512, 1024)  # the most queries, and keys, at once: with more, two blocks of logits in float32 crowd the kernel's memory
-SAVED = "attention"  # the checkpoint name of the kernel's output and log-sums: a policy that saves it runs the kernel forward once
 
 
 def can(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: jax.Array | None, pieces: int = 1) -> bool:

@@ -182,6 +182,20 @@ def test_splash_over_devices_is_the_reference(case, sizes, small_blocks):
     same(got, value_and_grads(q, k, v, options, "reference"))
 
 
+@pytest.mark.parametrize(
+    "case, sizes", [("long, grouped", {}), ("long, grouped", dict(context=8)), ("long, full", dict(context=8))], ids=str
+)
+def test_a_policy_saves_attention_by_its_name(case, sizes):  # that of the kernel: tests/test_context.py
+    q, k, v, options = build(case)
+
+    def work(policy):
+        with sharding.tracing_on(sharding.make_mesh(**sizes) if sizes else None):
+            run = lambda q: jnp.sum(attention(jnp.sin(q), k, v, **options) ** 2)
+            return flops.count_flops(jax.grad(jax.checkpoint(run, policy=policy)), q)
+
+    assert work(jax.checkpoint_policies.save_only_these_names("attention")) < work(None)
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_halves_travel_to_whom_they_are_due_and_home_again(n):
     at = context.Place(sharding.make_mesh(devices=jax.devices()[:n], context=n), seq=("context",))
