@@ -21,6 +21,7 @@ MESHES = {
 }
 ALL = MESHES["data=2 fsdp=2 tensor=2"]
 APART = {"fsdp": 2, "expert": 2, "tensor": 2}
+SEQUENCE = {"fsdp": 2, "context": 2, "tensor": 2}
 FOUNDATIONS = ("bert", "gpt2", "llama")  # what the others are composed like: these on every mesh
 PIPED = {"stage": 2, "data": 2, "fsdp": 2}
 # family, config, mesh, packed, chunk of the head, options of the step
@@ -35,6 +36,12 @@ STEPS = {f"{family}, {mesh}": (family, {}, sizes, family != "bert", None) for fa
     "llama, an expert axis without experts": ("llama", {}, APART, True, None),
     "qwen2_moe, a shared expert": ("qwen2_moe", {"dispatch": "exchange", "remat": "full"}, {"data": 2, "expert": 4}, True, None),
     "qwen3_moe, experts that do not divide": ("qwen3_moe", {"dispatch": "exchange"}, {"expert": 8}, True, None),
+    **{
+        f"{family}, a sequence over devices": (family, {}, SEQUENCE, family in ("gpt2", "llama"), None)
+        for family in ("bert", "gpt2", "llama", "gemma2", "mixtral", "t5", "whisper", "vit")
+    },
+    "llama, a sequence over eight": ("llama", {"remat": "full"}, {"context": 8}, True, None),
+    "llama, a sequence over devices, a head in chunks": ("llama", {}, SEQUENCE, True, 48),
     **{family: (family, {}, ALL, False, None) for family in FAMILIES if family not in FOUNDATIONS},
     "llama in stages": ("llama", {"num_hidden_layers": 4, "remat": "full"}, PIPED, True, None, {"micro_batches": 4, "repeats": 2}),
     "llama in stages, tensor=2": ("llama", {}, {"stage": 2, "fsdp": 2, "tensor": 2}, True, None, {"micro_batches": 4}),
@@ -131,8 +138,8 @@ def test_training_steps_lie_well(names):
     assert not {name: [line[:600] for line in text.splitlines() if MESSAGE in line] for name, text in said.items() if MESSAGE in text}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_decoding_lies_well(family):
-    out, err = child(DECODE, repr((family, ALL)))
+@pytest.mark.parametrize("family, mesh", [("gpt2", ALL), ("llama", ALL), ("t5", ALL), ("llama", SEQUENCE)], ids=str)
+def test_decoding_lies_well(family, mesh):
+    out, err = child(DECODE, repr((family, mesh)))
     assert "compiled" in out
     assert MESSAGE not in err, [line[:600] for line in err.splitlines() if MESSAGE in line]

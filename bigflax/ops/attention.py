@@ -9,14 +9,15 @@ over the keys s that row t may see. One rule says which:
 So packing is two arrays of segment ids, an `attention_mask` is kv_segments=attention_mask with q_segments=1, a cache is kv_positions.
 A row that may see no key gives zeros, in value and in gradient.
 
-The "xla" path leaves out what the causal mask and the window blank wholesale: it cuts the queries into four or more static blocks and
-multiplies each only by the keys it can reach. Forward and backward at B 2, T 256, N 12, H 64, float32, CPU time over two cores:
-46 ms, against 70 ms for the plain einsum, 68 ms with transposes to BNTH alone, and 83 ms for `jax.nn.dot_product_attention`.
+    reference   here: all of it in float32, whatever the mesh        splash   one kernel on a TPU (splash.py)
+    xla         products in blocks (xla_attention.py)                cudnn    one call on an NVIDIA GPU, here
+
+Where the layout lays a sequence over several devices, context.py has them share the work, in xla's products or by splash.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762); Ainslie et al. 2023 (grouped queries, 2305.13245); Gemma 2 (softcap, 2408.00118).
 
-Left out on purpose: dropout on the weights (recent models have none), returning the weights (`explain` does, from the reference),
-and for now TPU splash attention: on TPU the XLA path runs, which keeps [B, N, T, S] for the backward pass unless rematerialized.
+Left out on purpose: dropout on the weights (recent models have none), returning the weights (`explain` does, from the reference), and cuDNN
+where a sequence lies over several devices.
 
 Shapes: B batch, T query time, S key time, N heads, K kv heads, G = N / K query heads a kv head, H head width, Z 1 or B.
 """
@@ -25,9 +26,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from bigflax.ops import context, splash
-from bigflax.ops.masks import NEVER, Mask, allowed
+from bigflax.ops import context
+from bigflax.ops.masks import NEVER, SAVED, Mask, allowed
 from bigflax.ops.xla_attention import xla
 from bigflax.sharding import platform
 
@@ -55,8 +57,9 @@ def attention(
     Segments and positions are [B, T] and [B, S], or [T] and [S] where all rows share them. Leave positions out where they rise with the
     index, as in packed documents: only then can blocks be skipped. `scale` is 1 / sqrt(H) unless given. `bias`
     broadcasts to [B, N, T, S], is added after the softcap, and has a gradient. `implementation` is "reference" (everything in float32,
-    the definition), "xla", "cudnn" (NVIDIA GPUs; float16 or bfloat16 with causal and window only: any other request takes "xla", for
-    cuDNN would need a dense mask), or None, which takes the fastest that the backend has.
+    the definition), "xla", "splash" (TPUs, and interpreted on a CPU; lengths in 128s, no bias, no positions), "cudnn" (NVIDIA GPUs; float16 or
+    bfloat16 with causal and window only, for cuDNN would need a dense mask), or None, which takes the fastest that the layout's devices have.
+    A request that the one named cannot take goes to "xla".
     """
     _check(q_BTNH, k_BSKH, v_BSKH, window, q_segments, kv_segments)
     mask = Mask(causal, window, *map(_rows, (q_segments, kv_segments, q_positions, kv_positions)))
@@ -65,12 +68,16 @@ def attention(
     if name == "reference":
         return _reference(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias)
     at = context.place(q_BTNH, k_BSKH)
-    kernel = name == "splash" and splash.can(q_BTNH, k_BSKH, v_BSKH, mask, bias, at.parts(at.seq))
-    if kernel or at.seq:
-        return context.spread(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias, at, kernel=kernel)
+    if name == "splash":
+        from bigflax.ops import splash  # Pallas takes half a second to import
+
+        if splash.can(q_BTNH, k_BSKH, v_BSKH, mask, bias, at.parts(at.seq)):
+            return splash.splash(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, at)
+    if at.seq:
+        return context.spread(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias, at)
     if name == "cudnn" and _cudnn_can(q_BTNH, k_BSKH, v_BSKH, mask, softcap, bias):
-        return _cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale)
-    return xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias)
+        return checkpoint_name(_cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale), SAVED)
+    return checkpoint_name(xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias), SAVED)
 
 
 def _choose(implementation: str | None) -> str:

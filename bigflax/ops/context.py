@@ -7,7 +7,7 @@ Under a causal mask the devices of the first pieces would have little to do. So 
 queries, 2n halves in all: device i computes halves i and 2n-1-i, which together see 2n+1 halves of keys whatever i is, and sends what came out
 back. It is done here and nowhere else: no token, label or position of the batch is moved.
 
-    pieces that device i multiplies, forward, of n*2n if all were full:      dense 2n of half by half for each half: 4n      balanced 2n + 1
+    pairs (half of queries, half of keys) that a device multiplies      all keys 4n      causal where they lie, the last one 4n-1      balanced 2n+1
 
 In XLA's own products a device goes through its 2n+1 pairs (half of queries, half of keys) in one scan with an online softmax (Milakov &
 Gimelshein 2018, arXiv 1805.02867), and its backward pass through the same pairs with the log-sums that were kept (Dao et al. 2022, 2205.14135):
@@ -16,24 +16,25 @@ nothing of size [T, T] exists. On a TPU it is one splash kernel whose grid knows
 Sources: Liu et al. 2023 (ring attention, 2310.01889); Brandon et al. 2023 (striped attention, 2311.09431); Llama 3 (2407.21783, section 3.3.2).
 
 Left out on purpose: the ring, which sends the same bytes in n-1 messages; and with a bias, positions that are data or no causal mask, the
-exchange: there [B, N, T/n, S] exists on the XLA path, and is computed again on the way back.
+exchange: there [B, N, T/n, S] exists on the XLA path, and is computed again on the way back. Nor does that path leave out what a window blanks.
 
 Shapes: B batch, T query time, S key time, N heads, K kv heads, H head width, C half of a device's T.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bigflax.ops import splash
-from bigflax.ops.masks import NEVER, Mask, near, sees
+from bigflax.ops.masks import NEVER, SAVED, Mask, near
 from bigflax.ops.xla_attention import grouped, xla
-from bigflax.sharding import axes_of, current_layout, platform
+from bigflax.sharding import axes_of, current_layout
 
 Axes = tuple[str, ...]
 
@@ -74,36 +75,47 @@ def place(q: jax.Array, k: jax.Array) -> Place:
     return Place(layout.mesh, batch, seq, keys, axes("heads", q.shape[2], used=(*batch, *seq)))
 
 
-def spread(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.Array | None, at: Place, *, kernel: bool) -> jax.Array:
-    """Attention below `shard_map`, by the splash kernel where `kernel` says so."""
-    (_, T, N, _), S, n = q.shape, k.shape[1], at.parts(at.seq)
+def spread(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.Array | None, at: Place) -> jax.Array:
+    """Attention over a sequence that lies over `at.seq`, in XLA's products."""
+    rule, T = Mask(mask.causal, mask.window), q.shape[1]
+    if balances(mask, T, k.shape[1], at) and bias is None and T % (2 * at.parts(at.seq)) == 0:
+        pairs = Pairs(at, rule, scale, softcap)
+        return below(lambda q, k, v, arrays, _: _by_pairs(pairs, q, k, v, *arrays[1:3]), q, k, v, mask, bias, at)
+    local = recomputed(functools.partial(_by_rows, at, rule, scale, softcap))
+    return checkpoint_name(below(local, q, k, v, mask, bias, at), SAVED)
+
+
+def balances(mask: Mask, T: int, S: int, at: Place) -> bool:
+    """Whether the devices would have unequal work where the queries lie."""
+    return mask.causal and T == S and mask.rising and at.parts(at.seq) > 1
+
+
+def order(T: int, n: int) -> tuple[int, ...]:
+    """Where the two halves that each device computes begin, device by device."""
+    return tuple(half * T // (2 * n) for i in range(n) for half in (i, 2 * n - 1 - i))
+
+
+def below(
+    local: Callable[..., jax.Array], q, k, v, mask: Mask, bias: jax.Array | None, at: Place, extra: Any = None, where: Any = None
+) -> Any:
+    """`local(q, k, v, (bias, *arrays of the mask), extra)` on each device's part of them; `extra` lies as `where` says."""
     k, v = (_shared(x, at.parts(at.heads)) for x in (k, v))
-    own = mask.causal and T == S and mask.rising and bias is None and n > 1
-    arrays, rule = (bias, *mask[2:]), Mask(mask.causal, mask.window)
-    run = where = None
-    if kernel:
-        own = own and mask.window is None and T // n % (2 * splash.LANES) == 0
-        full = not mask.causal and mask.window is None
-        begin = tuple(half * T // (2 * n) for i in range(n) for half in (i, 2 * n - 1 - i)) if own else (0,)
-        run = splash.kernel(
-            T // n if full else T, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", 1 if full else n, begin
-        )
-        local = functools.partial(_by_kernel, at, rule, scale, own)
-        if at.mesh is None:
-            return local(q, k, v, arrays, run)
-        where = jax.tree.map(lambda _: P(), run) if full or n == 1 else run.manual_sharding_spec(NamedSharding(at.mesh, P(None, at.seq)))
-    elif own and T % (2 * n) == 0:
-        local = lambda q, k, v, arrays, _: _by_pairs(Pairs(at, rule, scale, softcap), q, k, v, *arrays[1:3])
-    else:
-        local = functools.partial(_by_rows, at, rule, scale, softcap)
-    if n > 1 and (kernel or not own):  # with prevent_cse, a layer that is recomputed whole would gather three times
-        saved = jax.checkpoint_policies.save_only_these_names(splash.SAVED)
-        local = jax.checkpoint(local, policy=saved, prevent_cse=False)
+    arrays = (bias, *mask[2:])
+    if at.mesh is None:
+        return local(q, k, v, arrays, extra)
     rows, columns = P(at.batch, at.seq, at.heads), P(at.batch, at.keys, at.heads)
     ids = [at.ids(x, axes) for x, axes in zip(mask[2:], (at.seq, at.keys) * 2, strict=True)]
-    return jax.shard_map(
-        local, mesh=at.mesh, in_specs=(rows, columns, columns, (at.bias(bias), *ids), where), out_specs=rows, check_vma=not kernel
-    )(q, k, v, arrays, run)  # fmt: skip
+    specs = (rows, columns, columns, (at.bias(bias), *ids), where)
+    traced = extra is None  # a Pallas kernel does not say over which axes its outputs vary
+    return jax.shard_map(local, mesh=at.mesh, in_specs=specs, out_specs=rows, check_vma=traced)(q, k, v, arrays, extra)
+
+
+def recomputed(local: Callable[..., jax.Array], *saved: str) -> Callable[..., jax.Array]:
+    """`local`, what it gathered gathered again on the way back; what bears a name of `saved` is kept.
+
+    Without barriers against common subexpressions: in a layer that is itself recomputed, XLA finds the two gathers to be one.
+    """
+    return jax.checkpoint(local, policy=jax.checkpoint_policies.save_only_these_names(*saved), prevent_cse=False)
 
 
 def _shared(x_BSKH: jax.Array, parts: int) -> jax.Array:
@@ -111,12 +123,12 @@ def _shared(x_BSKH: jax.Array, parts: int) -> jax.Array:
     return jnp.repeat(x_BSKH, parts // math.gcd(x_BSKH.shape[2], parts), axis=2)
 
 
-def _gather(x: jax.Array | None, axes: Axes) -> Any:
+def gather(x: jax.Array | None, axes: Axes) -> Any:
     """All of the second dimension."""
     return x if x is None or not axes else jax.lax.all_gather(x, axes, axis=1, tiled=True)
 
 
-def _placed(at: Place, mask: Mask, q: jax.Array, S: int) -> Mask:
+def placed(at: Place, mask: Mask, q: jax.Array, S: int) -> Mask:
     """The mask of this device's rows, standing where they stand, over all keys."""
     if mask.rising and at.seq:
         start = jax.lax.axis_index(at.seq) * q.shape[1]
@@ -125,20 +137,11 @@ def _placed(at: Place, mask: Mask, q: jax.Array, S: int) -> Mask:
 
 
 def _by_rows(at: Place, rule: Mask, scale: float, softcap: float | None, q, k, v, arrays, _) -> jax.Array:
+    """This device's queries, where they stand, with all keys."""
     bias, *ids = arrays
-    mask = Mask(rule.causal, rule.window, ids[0], _gather(ids[1], at.keys), ids[2], _gather(ids[3], at.keys))
-    k, v = _gather(k, at.keys), _gather(v, at.keys)
-    return xla(q, k, v, _placed(at, mask, q, k.shape[1]), scale, softcap, bias)
-
-
-def _by_kernel(at: Place, rule: Mask, scale: float, own: bool, q, k, v, arrays, run) -> jax.Array:
-    """`own`: the kernel was made for rows in the balanced order."""
-    q_ids, kv_ids, S = arrays[1], _gather(arrays[2], at.keys), k.shape[1] * at.parts(at.keys)
-    seen = sees(_placed(at, Mask(rule.causal, rule.window, q_ids, kv_ids), q, S), q.shape[1], S, arrays[2])
-    swap = (lambda x: None if x is None else jnp.concatenate(_exchange(x, at), axis=1)) if own else lambda x: x
-    out = splash.splash(run, swap(q), _gather(k, at.keys), _gather(v, at.keys), swap(q_ids), kv_ids, scale)
-    out = _give_back(jnp.stack(jnp.split(out, 2, axis=1)), at) if own else out
-    return out if seen is None else jnp.where(seen[:, :, None, None], out, 0)
+    mask = Mask(rule.causal, rule.window, ids[0], gather(ids[1], at.keys), ids[2], gather(ids[3], at.keys))
+    k, v = gather(k, at.keys), gather(v, at.keys)
+    return xla(q, k, v, placed(at, mask, q, k.shape[1]), scale, softcap, bias)
 
 
 # -- the balanced order ----------------------------------------------------------------------------------------------------
@@ -153,15 +156,15 @@ def _even(at: Place) -> jax.Array:
     return jax.lax.axis_index(at.seq) % 2 == 0  # such a device gets its lower half as somebody's first
 
 
-def _exchange(x_BT: jax.Array, at: Place) -> jax.Array:
+def exchange(x_BT: jax.Array, at: Place) -> jax.Array:
     """[2, B, C, ...]: of device i the halves i and 2n-1-i, for the two halves [B, 2C, ...] that are its own."""
     pieces = zip(jnp.split(x_BT, 2, axis=1), _routes(at.parts(at.seq)), strict=True)
     a, b = (jax.lax.ppermute(piece, at.seq, route) for piece, route in pieces)
     return jnp.stack([jnp.where(_even(at), a, b), jnp.where(_even(at), b, a)])
 
 
-def _give_back(x_2BC: jax.Array, at: Place) -> jax.Array:
-    """The inverse of `_exchange`."""
+def give_back(x_2BC: jax.Array, at: Place) -> jax.Array:
+    """The inverse of `exchange`."""
     low, high = x_2BC
     pieces = zip((jnp.where(_even(at), low, high), jnp.where(_even(at), high, low)), _routes(at.parts(at.seq)), strict=True)
     return jnp.concatenate([jax.lax.ppermute(piece, at.seq, [(b, a) for a, b in route]) for piece, route in pieces], axis=1)
@@ -201,9 +204,9 @@ class Pairs(NamedTuple):
 
     def collect(self, q, k, v, q_ids, kv_ids):
         """Halves of queries [2, B, N, C, H], their segments, all keys and values [B, K, S, H], their segments."""
-        k, v, kv_ids = (_gather(x, self.at.keys) for x in (k, v, kv_ids))
-        q_ids = None if q_ids is None else _exchange(q_ids, self.at)
-        return _exchange(q, self.at).swapaxes(2, 3), q_ids, k.swapaxes(1, 2), v.swapaxes(1, 2), kv_ids
+        k, v, kv_ids = (gather(x, self.at.keys) for x in (k, v, kv_ids))
+        q_ids = None if q_ids is None else exchange(q_ids, self.at)
+        return exchange(q, self.at).swapaxes(2, 3), q_ids, k.swapaxes(1, 2), v.swapaxes(1, 2), kv_ids
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,14 +231,14 @@ def _forward(pairs: Pairs, q, k, v, q_ids, kv_ids):
     start = (pairs.zeros(*shape), pairs.zeros(*shape[:-1]) + NEVER, pairs.zeros(*shape[:-1]))
     (out, most, total), _ = jax.lax.scan(one, start, pairs.steps)
     total = jnp.where(total > 0, total, 1)  # a row without a key: its sum is 0
-    out = (out / total[..., None]).astype(q.dtype)
-    return _give_back(out.swapaxes(2, 3), pairs.at), (q, k, v, q_ids, kv_ids, out, most + jnp.log(total))
+    out, logsum = (checkpoint_name(x, SAVED) for x in ((out / total[..., None]).astype(q.dtype), most + jnp.log(total)))
+    return give_back(out.swapaxes(2, 3), pairs.at), (q, k, v, q_ids, kv_ids, out, logsum)
 
 
 def _backward(pairs: Pairs, saved, dout):
     q, k, v, q_ids, kv_ids, out, logsum = saved
     everything = pairs.collect(q, k, v, q_ids, kv_ids)
-    dout = _exchange(dout, pairs.at).swapaxes(2, 3).astype(jnp.float32)
+    dout = exchange(dout, pairs.at).swapaxes(2, 3).astype(jnp.float32)
     dsum = -jnp.sum(dout * out, -1)  # with the log-sums held, the gradient of weights v less its mean
 
     def one(sums, step):
@@ -254,7 +257,7 @@ def _backward(pairs: Pairs, saved, dout):
     shapes = (everything[0].shape, everything[2].shape, everything[3].shape)
     (dq, dk, dv), _ = jax.lax.scan(one, tuple(pairs.zeros(*shape) for shape in shapes), pairs.steps)
     scatter = lambda d, x: jax.lax.psum_scatter(d.swapaxes(1, 2).astype(x.dtype), pairs.at.keys, scatter_dimension=1, tiled=True)
-    return _give_back(dq.swapaxes(2, 3).astype(q.dtype), pairs.at), scatter(dk, k), scatter(dv, v), None, None
+    return give_back(dq.swapaxes(2, 3).astype(q.dtype), pairs.at), scatter(dk, k), scatter(dv, v), None, None
 
 
 _by_pairs.defvjp(_forward, _backward)

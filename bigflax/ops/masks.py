@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+SAVED = "attention"  # the checkpoint name of attention's output and log-sums: a policy that saves it has no attention computed twice
 NEVER = float(jnp.finfo(jnp.float32).min)  # not -inf: a row of -inf alone would be NaN in the backward pass
 
 
@@ -58,7 +59,12 @@ def sees(mask: Mask, T: int, S: int, own: jax.Array | None) -> jax.Array | None:
     """
     if mask.q_segments is None:
         return None
-    search = lambda: allowed(mask, T, S).any(-1)
+
+    def search() -> jax.Array:
+        seen = allowed(mask, T, S)
+        assert seen is not None
+        return seen.any(-1)
+
     if own is None or own.shape[1] != T:
         return search()
     found = jax.eval_shape(search)

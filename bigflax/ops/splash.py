@@ -4,8 +4,11 @@ The kernel is told the scale in q, which is rounded once more where the scale is
 window blank wholesale are left out of its grid; segment ids blank single logits within a block. Heads of one group share their keys as they
 lie, and any head width goes. On other machines Pallas interprets it, which is how tests hold it to the reference.
 
-A row that may see no key comes out of the kernel as a mean over what lies in its blocks; context.py, through which the kernel is called on any
-layout, finds such rows (masks.sees) and blanks them. Rows of padding, segment 0 on both sides, see each other.
+A row that may see no key comes out of the kernel as a mean over what lies in its blocks, so such rows are found and blanked. Rows of padding,
+segment 0 on both sides, see each other.
+
+On a mesh it runs below `shard_map`, each device for its rows and heads; where a sequence lies over several, as context.py says: a kernel is told
+where each of its rows stands, in the balanced order too.
 
 Sources: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); `jax.experimental.pallas.ops.tpu.splash_attention`.
 
@@ -23,12 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as rules
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bigflax.ops.masks import Mask, near
+from bigflax.ops import context
+from bigflax.ops.masks import SAVED, Mask, near, sees
+from bigflax.sharding import platform
 
 LANES = 128  # lengths are multiples of it
 BLOCKS = (512, 1024)  # the most queries, and keys, at once: with more, two blocks of logits in float32 crowd the kernel's memory
-SAVED = "attention"  # the checkpoint name of the kernel's output and log-sums: a policy that saves it runs the kernel forward once
 
 
 def can(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: jax.Array | None, pieces: int = 1) -> bool:
@@ -46,7 +52,7 @@ class Rule(rules.Mask):
     lengths: tuple[int, int]
     causal: bool
     window: int | None
-    order: tuple[int, ...]  # each run of equally many rows begins at this position
+    order: tuple[int, ...]  # where runs of equally many rows begin
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,8 +105,35 @@ def _block(length: int, most: int) -> int:
     return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)
 
 
-def splash(run: kernels.SplashAttentionKernel, q, k, v, q_ids: jax.Array | None, kv_ids: jax.Array | None, scale: float) -> jax.Array:
-    """Attention over the rows of one device, by a kernel made for their lengths; a row without a key is not blanked."""
+def splash(q, k, v, mask: Mask, scale: float, softcap: float | None, at: context.Place) -> jax.Array:
+    """Attention by the kernel, on each device for its rows and heads."""
+    (_, T, N, _), S, n = q.shape, k.shape[1], at.parts(at.seq)
+    rule = Mask(mask.causal, mask.window)
+    # A window lets all devices work alike where they are.
+    own = context.balances(mask, T, S, at) and mask.window is None and T // n % (2 * LANES) == 0
+    shards = 1 if rule == Mask() else n  # without a mask the kernel is one device's
+    rows = T // n * shards
+    run = kernel(rows, S, N // at.parts(at.heads), *rule[:2], softcap, platform() != "tpu", shards, context.order(T, n) if own else (0,))
+    where = None
+    if at.mesh is not None:
+        cut = run.manual_sharding_spec(NamedSharding(at.mesh, P(None, at.seq)))
+        where = cut if shards > 1 else jax.tree.map(lambda _: P(), run)
+    local = functools.partial(_local, at, rule, scale, own)
+    return context.below(context.recomputed(local, SAVED) if n > 1 else local, q, k, v, mask, None, at, run, where)
+
+
+def _local(at: context.Place, rule: Mask, scale: float, own: bool, q, k, v, arrays, run) -> jax.Array:
+    """`own`: the kernel was made for rows in the balanced order."""
+    q_ids, kv_ids, S = arrays[1], context.gather(arrays[2], at.keys), k.shape[1] * at.parts(at.keys)
+    seen = sees(context.placed(at, Mask(*rule[:2], q_ids, kv_ids), q, S), q.shape[1], S, arrays[2])
+    swap = (lambda x: None if x is None else jnp.concatenate(context.exchange(x, at), axis=1)) if own else lambda x: x
+    out = _call(run, swap(q), context.gather(k, at.keys), context.gather(v, at.keys), swap(q_ids), kv_ids, scale)
+    out = context.give_back(jnp.stack(jnp.split(out, 2, axis=1)), at) if own else out
+    return out if seen is None else jnp.where(seen[:, :, None, None], out, 0)
+
+
+def _call(run, q, k, v, q_ids: jax.Array | None, kv_ids: jax.Array | None, scale: float) -> jax.Array:
+    """What the kernel makes of arrays as ours lie; a row without a key is not blanked."""
     q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     B, _, T, _ = q_BNTH.shape
     ids = None

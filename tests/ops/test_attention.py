@@ -182,13 +182,27 @@ def test_splash_over_devices_is_the_reference(case, sizes, small_blocks):
     same(got, value_and_grads(q, k, v, options, "reference"))
 
 
+@pytest.mark.parametrize(
+    "case, sizes", [("long, grouped", {}), ("long, grouped", dict(context=8)), ("long, full", dict(context=8))], ids=str
+)
+def test_a_policy_saves_attention_by_its_name(case, sizes):  # that of the kernel: tests/test_context.py
+    q, k, v, options = build(case)
+
+    def work(policy):
+        with sharding.tracing_on(sharding.make_mesh(**sizes) if sizes else None):
+            run = lambda q: jnp.sum(attention(jnp.sin(q), k, v, **options) ** 2)
+            return flops.count_flops(jax.grad(jax.checkpoint(run, policy=policy)), q)
+
+    assert work(jax.checkpoint_policies.save_only_these_names("attention")) < work(None)
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_halves_travel_to_whom_they_are_due_and_home_again(n):
     at = context.Place(sharding.make_mesh(devices=jax.devices()[:n], context=n), seq=("context",))
     rule = jax.sharding.PartitionSpec(None, "context")
     spread = lambda function: jax.jit(jax.shard_map(function, mesh=at.mesh, in_specs=rule, out_specs=rule))
-    there = spread(lambda x: jnp.concatenate(context._exchange(x, at), axis=1))
-    back = spread(lambda x: context._give_back(jnp.stack(jnp.split(x, 2, axis=1)), at))
+    there = spread(lambda x: jnp.concatenate(context.exchange(x, at), axis=1))
+    back = spread(lambda x: context.give_back(jnp.stack(jnp.split(x, 2, axis=1)), at))
     halves = jnp.repeat(jnp.arange(2 * n), 3)[None]
     moved = there(halves)
     np.testing.assert_array_equal(moved[0, ::3], [half for i in range(n) for half in (i, 2 * n - 1 - i)])
@@ -206,12 +220,11 @@ def test_devices_work_alike_and_no_more_than_they_must(n, monkeypatch):
 
     assert count(causal=True) == count() * (2 * n + 1) // (4 * n)
     monkeypatch.setattr(splash, "BLOCKS", (128, 128))
-    begin = tuple(half * 128 for i in range(n) for half in (i, 2 * n - 1 - i))
     visits = lambda order: np.asarray(
         splash.kernel.__wrapped__(256 * n, 256 * n, 1, True, None, None, True, n, order).fwd_mask_info.block_mask
     )
     per_device = lambda order: (visits(order).reshape(n, -1) > 0).sum(1)
-    assert set(per_device(begin)) == {2 * n + 1}
+    assert set(per_device(context.order(256 * n, n))) == {2 * n + 1}
     assert per_device((0,)).max() == 4 * n - 1
 
 
