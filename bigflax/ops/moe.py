@@ -263,7 +263,7 @@ def _ragged(expert, x_MD, gates_CM, chosen_CM, params, group):
         mine_R = jnp.where((mine_CM >= 0) & (mine_CM < E), mine_CM, E).reshape(-1)  # E: another device's, sorted behind all of ours
         order_R, place_R, sizes_E = _sort(mine_R, E)
         S, ours = _room(min(mine_R.size, x_MD.shape[0] * E)), jnp.sum(sizes_E)
-        row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, S), mine_R.size)
+        row_S = jnp.where(jnp.arange(S) < ours, jnp.resize(order_R, (S,)), mine_R.size)
         place_CM = jnp.where(place_R < ours, place_R, S).reshape(mine_CM.shape)
         y_SD = expert(_spread(x_MD, row_S, place_CM), params, functools.partial(_grouped, sizes_E))
         return jnp.einsum("cmd,cm->md", _collect(y_SD, row_S, place_CM), gates_CM)
