@@ -412,8 +412,8 @@ class Mlp(nn.Module):
 class Moe(nn.Module):
     """`experts` gated Mlps of width `features`, of which each token passes through the `choices` that a router chooses (ops/moe.py).
 
-    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of, and by "capacity"
-    also how many choices were "dropped". A `shared` expert takes every token, behind a sigmoid gate of its own.
+    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of, and where a
+    capacity may leave some out, how many choices were "dropped". A `shared` expert takes every token, behind a sigmoid gate of its own.
     """
 
     experts: int
@@ -423,7 +423,7 @@ class Moe(nn.Module):
     normalize: bool = True  # the chosen gates sum to one
     shared: Mlp | None = None
     implementation: str | None = None
-    capacity_factor: float = ops.moe.CAPACITY
+    capacity_factor: float | None = None
     init: Initializer = NORMAL
     out_init: Initializer = NORMAL
 
