@@ -183,6 +183,28 @@ def test_what_finds_no_room_is_counted_and_adds_nothing(sizes, parts, experts, r
     np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.8])
+@pytest.mark.parametrize("real", [None, HOLES], ids=["whole rows", "padded"])
+@pytest.mark.parametrize("way", ["ragged", "exchange"])
+def test_a_device_without_room_drops_its_last_rows(way, real, factor):
+    """On data=2 expert=4 each device has one row of the batch and two experts: it takes the rows of these from its four, so many in all."""
+    _, gates, chosen = ops.route(LOGITS, C, normalize=True)
+    run = functools.partial(ops.mixture, expert, axes=AXES, implementation=way, capacity_factor=factor)
+    with sharding.tracing_on(sharding.make_mesh(data=2, expert=4)):
+        y, dropped = jax.jit(run)(X, gates, chosen, PARAMS, real_BT=real)
+    kept, want, room = np.zeros((B, T, C)), 0, int(np.ceil(factor * C * 4 * T / 4))
+    for group, device in np.ndindex(2, 4):
+        mine = [row for row in np.ndindex(B, T, C) if row[0] // 4 == group and int(chosen[row]) // 2 == device]
+        mine = [row for row in mine if real is None or real[row[:2]]]
+        order = {"exchange": lambda b, t, c: (b, c, t), "ragged": lambda b, t, c: (c, b, t)}[way]
+        mine.sort(key=lambda row: (int(chosen[row]), *order(*row)))
+        for row in mine[:room]:
+            kept[row] = gates[row]
+        want += len(mine[room:])
+    assert int(dropped) == want > 0
+    np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
+
+
 WITHOUT_EXCHANGE = {
     "six experts over four": (dict(data=2, expert=4), B, 6, (), "expert"),
     "three rows over two": (dict(expert=2, fsdp=2, tensor=2), 3, E, ("expert",), "fsdp"),
