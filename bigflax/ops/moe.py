@@ -5,19 +5,21 @@
 A softmax over the C largest logits alone (top-k first) is the normalized one: exp(l_e) / sum of the chosen exp(l). So there is one way.
 
     reference   every expert computes every token: E f-products a token, plain einsums
-    ragged      rows sorted by expert, one grouped product a weight, sorted back: C f-products a token, none dropped
-    exchange    the same after each row has travelled to the device of its expert (`lax.ragged_all_to_all`): none dropped
-    capacity    so too, but by a plain all-to-all, each device with `capacity` rows for each expert; what is over is dropped, and counted
+    ragged      rows sorted by expert, one grouped product a weight, sorted back: C f-products a token
+    exchange    the same after each row has travelled to the device of its expert (`lax.ragged_all_to_all`)
+    capacity    so too, but by a plain all-to-all and in plain products: each device has so many places for each expert, and drops what is over
 
 On a mesh all run below `shard_map`. Tokens lie over the axis of `experts` as over any data axis; in a group of n devices along it each holds E / n
 experts, their width gathered once a pass (FSDP), their columns over the axis of `mlp`, over which the outputs are summed. The first two collect
 the tokens of the whole group and scatter the sums: (n - 1) M D numbers a device each way, forward and backward, with M its tokens. The other
-two send (n - 1) / n C M D (capacity: times its factor). So the default is the reference on a CPU, where a grouped product is itself a dense one
+two send (n - 1) / n C M D (capacity: times its factor, full or not). So the default is the reference on a CPU, where a grouped product is itself a dense one
 over E copies of the rows; else ragged where n <= C, and exchange beyond. Neither drops. Where the number of experts does not divide over their
 axis, it carries their width like one more axis of FSDP, and no token travels; where the batch does not, each device takes of all tokens what is its own.
 
-Nothing dropped means room for the worst case, n M min(C, E / n) rows of D, and F, on a device, though only those that came are multiplied.
-`capacity` holds factor C M rows.
+Nothing dropped means room for the worst case, n M min(C, E / n) rows of D, and F, on a device, though only those that came are multiplied; with a
+`capacity_factor` for factor C M, which `capacity` always has. Then what is dropped is counted: nobody loses rows without seeing it. One layer of
+128 experts, 8 chosen, D 2048, F 768, over eight v5p of 4096 tokens each, bfloat16, all recomputed on the way back, temporaries of the TPU's compiler:
+ragged 4.3 GiB, exchange 5.2, capacity of 1.25 0.92 and of 2 1.3.
 
 The load-balance loss of Switch Transformers (Fedus et al. 2021, arXiv 2101.03961, equations 4-6), over all layers at once as transformers has it:
 E sum_e (choices of e / tokens) (mean p_e). It is C where all experts are chosen alike, and grows to E C where C experts take all. Capacity is theirs
@@ -45,7 +47,6 @@ from bigflax.weights import LoRA, Quantized, Weight, dense, parse_axes, part_axe
 
 Product = Callable[[jax.Array, Weight], jax.Array]
 Params = Mapping[str, Weight]
-CAPACITY = 1.25
 TILE = 512  # rows at once of the grouped product on a TPU
 
 
@@ -317,7 +318,7 @@ def _capacity(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
     """As many places for each expert on each device; a row that finds none is dropped, likelier choices and earlier tokens first to have one."""
     mine, (C, M) = shape(next(iter(params.values())))[0], chosen_CM.shape
     E = mine * _devices(group)
-    K = min(M, math.ceil((CAPACITY if factor is None else factor) * C * M / E))
+    K = min(M, math.ceil((1.25 if factor is None else factor) * C * M / E))
     expert_R = chosen_CM.reshape(-1)
     order_R, place_R, sizes_E = _sort(expert_R, E)
     start_E, free_K = jnp.cumsum(sizes_E) - sizes_E, jnp.arange(K)
