@@ -123,8 +123,8 @@ def test_training_steps_lie_well(names):
     assert not {name: [line[:600] for line in text.splitlines() if MESSAGE in line] for name, text in said.items() if MESSAGE in text}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_decoding_lies_well(family):
-    out, err = child(DECODE, repr((family, ALL)))
+@pytest.mark.parametrize("family, sizes", [("gpt2", ALL), ("llama", ALL), ("t5", ALL), ("mixtral", APART)])
+def test_decoding_lies_well(family, sizes):
+    out, err = child(DECODE, repr((family, sizes)))
     assert "compiled" in out
     assert MESSAGE not in err, [line[:600] for line in err.splitlines() if MESSAGE in line]

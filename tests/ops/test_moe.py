@@ -205,6 +205,12 @@ def test_a_device_without_room_drops_its_last_rows(way, real, factor):
     np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
 
 
+def test_the_share_that_was_dropped_is_of_all_layers_choices():
+    sums = {"dropped": jnp.array([3, 1]), "chosen": jnp.array([[6.0, 4.0], [5.0, 5.0]])}
+    assert float(ops.dropped_share(sums)["dropped"]) == pytest.approx(4 / 20)
+    assert ops.dropped_share({"chosen": sums["chosen"]}) == {}
+
+
 WITHOUT_EXCHANGE = {
     "six experts over four": (dict(data=2, expert=4), B, 6, (), "expert"),
     "three rows over two": (dict(expert=2, fsdp=2, tensor=2), 3, E, ("expert",), "fsdp"),
