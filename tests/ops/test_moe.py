@@ -92,6 +92,20 @@ def test_both_paths_are_a_loop_over_tokens(kind, implementation):
     np.testing.assert_allclose(jax.jit(run)(params), want, rtol=1e-4, atol=1e-3)
 
 
+@each_weight
+def test_every_way_multiplies_by_shards_of_any_weight(kind):
+    mesh, params = sharding.make_mesh(expert=2, fsdp=2, tensor=2), {name: WEIGHTS[kind](name) for name in PARAMS}
+    gates, chosen = routed_by_hand(normalize=True)
+    want = by_hand({name: weights.dense(w) for name, w in params.items()}, gates, chosen)
+    placed = jax.device_put(params, sharding.shardings(params, AXES, mesh))
+    for way in WAYS:
+        run = functools.partial(ops.mixture, expert, axes=AXES, implementation=way, capacity_factor=ROOM)
+        with sharding.tracing_on(mesh):
+            y, dropped = jax.jit(run)(X, jnp.asarray(gates, jnp.float32), chosen, placed)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
+        assert not dropped
+
+
 def value_and_grad(implementation, params, x, logits):
     """The output, and the gradients of its product with fixed numbers by x, by the router's logits and by what trains of the weights."""
     toward = jnp.asarray(np.random.default_rng(1).normal(size=X.shape), jnp.float32)
