@@ -448,8 +448,8 @@ class Mlp(nn.Module):
 class Moe(nn.Module):
     """`experts` gated Mlps of width `features`, of which each token passes through the `choices` that a router chooses (ops/moe.py).
 
-    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of. A `shared` expert
-    takes every token, behind a sigmoid gate of its own.
+    Returns `(y, {"chosen", "probs", "tokens"})`, the sums over the tokens of `real_BT` that the load-balance loss is made of, and where a
+    capacity may leave some out, how many choices were "dropped". A `shared` expert takes every token, behind a sigmoid gate of its own.
     """
 
     experts: int
@@ -459,7 +459,7 @@ class Moe(nn.Module):
     normalize: bool = True  # the chosen gates sum to one
     shared: Mlp | None = None
     implementation: str | None = None
-    capacity_factor: float = ops.moe.CAPACITY
+    capacity_factor: float | None = None
     init: Initializer = NORMAL
     out_init: Initializer = NORMAL
 
@@ -472,8 +472,10 @@ class Moe(nn.Module):
         w = {name: weight(self, name, (E, D, F), text, self.init) for name, text in axes.items() if name != "down"}
         w["down"] = weight(self, "down", (E, F, D), axes["down"], self.out_init)
         expert = lambda x, w, product: product(act(product(x, w["gate"])) * product(x, w["up"]), w["down"])
-        options = dict(implementation=self.implementation, capacity_factor=self.capacity_factor, real_BT=real_BT)
-        y_BTD, dropped = ops.mixture(expert, x_BTD, gates_BTC, chosen_BTC, w, axes, **options)
+        y_BTD, dropped = ops.mixture(
+            expert, x_BTD, gates_BTC, chosen_BTC, w, axes, implementation=self.implementation, capacity_factor=self.capacity_factor,
+            real_BT=real_BT,
+        )  # fmt: skip
         if self.shared is not None:
             gate_BT1 = jax.nn.sigmoid(Linear(1, "embed -> _", bias=False, init=self.init, name="shared_gate")(x_BTD))
             y_BTD += gate_BT1 * self.shared(x_BTD)

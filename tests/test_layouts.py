@@ -138,7 +138,7 @@ def test_training_steps_lie_well(names):
     assert not {name: [line[:600] for line in text.splitlines() if MESSAGE in line] for name, text in said.items() if MESSAGE in text}
 
 
-@pytest.mark.parametrize("family, mesh", [("gpt2", ALL), ("llama", ALL), ("t5", ALL), ("llama", SEQUENCE)], ids=str)
+@pytest.mark.parametrize("family, mesh", [("gpt2", ALL), ("llama", ALL), ("t5", ALL), ("llama", SEQUENCE), ("mixtral", APART)], ids=str)
 def test_decoding_lies_well(family, mesh):
     out, err = child(DECODE, repr((family, mesh)))
     assert "compiled" in out

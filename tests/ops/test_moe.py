@@ -21,7 +21,7 @@ draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
 X, LOGITS = jnp.asarray(draw(B, T, D)), 2 * draw(B, T, E)
 AXES = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
 PARAMS = {"gate": draw(E, D, F), "up": draw(E, D, F), "down": draw(E, F, D)}
-WAYS, ROOM = ops.moe.IMPLEMENTATIONS, E / C  # a capacity that all tokens of a device fit in
+WAYS, ROOM = [*ops.moe.IMPLEMENTATIONS], E / C  # a capacity that all tokens of a device fit in
 CLOSE = dict(rtol=1e-5, atol=1e-4)  # float32: sums of a dozen terms of size 1 to 10, in another order
 
 
@@ -90,6 +90,20 @@ def test_both_paths_are_a_loop_over_tokens(kind, implementation):
     )[0]
     want = by_hand({name: weights.dense(w) for name, w in params.items()}, gates, chosen)
     np.testing.assert_allclose(jax.jit(run)(params), want, rtol=1e-4, atol=1e-3)
+
+
+@each_weight
+def test_every_way_multiplies_by_shards_of_any_weight(kind):
+    mesh, params = sharding.make_mesh(expert=2, fsdp=2, tensor=2), {name: WEIGHTS[kind](name) for name in PARAMS}
+    gates, chosen = routed_by_hand(normalize=True)
+    want = by_hand({name: weights.dense(w) for name, w in params.items()}, gates, chosen)
+    placed = jax.device_put(params, sharding.shardings(params, AXES, mesh))
+    for way in WAYS:
+        run = functools.partial(ops.mixture, expert, axes=AXES, implementation=way, capacity_factor=ROOM)
+        with sharding.tracing_on(mesh):
+            y, dropped = jax.jit(run)(X, jnp.asarray(gates, jnp.float32), chosen, placed)
+        np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
+        assert not dropped
 
 
 def value_and_grad(implementation, params, x, logits):
@@ -181,6 +195,34 @@ def test_what_finds_no_room_is_counted_and_adds_nothing(sizes, parts, experts, r
     )
     assert int(dropped) == want > 0
     np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8])
+@pytest.mark.parametrize("real", [None, HOLES], ids=["whole rows", "padded"])
+@pytest.mark.parametrize("way", ["ragged", "exchange"])
+def test_a_device_without_room_drops_its_last_rows(way, real, factor):
+    """On data=2 expert=4 each device has one row of the batch and two experts: it takes the rows of these from its four, so many in all."""
+    _, gates, chosen = ops.route(LOGITS, C, normalize=True)
+    run = functools.partial(ops.mixture, expert, axes=AXES, implementation=way, capacity_factor=factor)
+    with sharding.tracing_on(sharding.make_mesh(data=2, expert=4)):
+        y, dropped = jax.jit(run)(X, gates, chosen, PARAMS, real_BT=real)
+    kept, want, room = np.zeros((B, T, C)), 0, int(np.ceil(factor * C * 4 * T / 4))
+    for group, device in np.ndindex(2, 4):
+        mine = [row for row in np.ndindex(B, T, C) if row[0] // 4 == group and int(chosen[row]) // 2 == device]
+        mine = [row for row in mine if real is None or real[row[:2]]]
+        order = {"exchange": lambda b, t, c: (b, c, t), "ragged": lambda b, t, c: (c, b, t)}[way]
+        mine.sort(key=lambda row: (int(chosen[row]), *order(*row)))
+        for row in mine[:room]:
+            kept[row] = gates[row]
+        want += len(mine[room:])
+    assert int(dropped) == want > 0
+    np.testing.assert_allclose(y, by_hand(PARAMS, kept, np.asarray(chosen)), rtol=1e-4, atol=1e-3)
+
+
+def test_the_share_that_was_dropped_is_of_all_layers_choices():
+    sums = {"dropped": jnp.array([3, 1]), "chosen": jnp.array([[6.0, 4.0], [5.0, 5.0]])}
+    assert float(ops.dropped_share(sums)["dropped"]) == pytest.approx(4 / 20)
+    assert ops.dropped_share({"chosen": sums["chosen"]}) == {}
 
 
 WITHOUT_EXCHANGE = {
@@ -295,21 +337,19 @@ def trained(family, way, mesh):
     return grads, float(loss.value), {name: float(m.value) for name, m in metrics.items()}
 
 
-ALL = SIZES["expert=2 fsdp=2 tensor=2"]
+ALL = "expert=2 fsdp=2 tensor=2"
 QUICK = ("mixtral", ALL, "exchange")
-LAWS = [("mixtral", sizes, way) for sizes in SIZES.values() for way in WAYS]
+LAWS = [("mixtral", mesh, way) for mesh in SIZES for way in WAYS]
 LAWS += [(family, ALL, way) for family in ("qwen2_moe", "qwen3_moe") for way in WAYS[1:]]
 
 
-@pytest.mark.parametrize("family, sizes, way", [pytest.param(*law, marks=[] if law == QUICK else pytest.mark.slow) for law in LAWS])
-def test_every_way_on_every_mesh_teaches_what_one_device_does(family, sizes, way):
-    (grads, loss, metrics), (want_grads, want, want_metrics) = (
-        trained(family, way, tuple(sizes.items())),
-        trained(family, "reference", None),
-    )
+@pytest.mark.parametrize("family, mesh, way", [pytest.param(*law, marks=[] if law == QUICK else pytest.mark.slow) for law in LAWS])
+def test_every_way_on_every_mesh_teaches_what_one_device_does(family, mesh, way):
+    grads, loss, metrics = trained(family, way, tuple(SIZES[mesh].items()))
+    want_grads, want, want_metrics = trained(family, "reference", None)
     assert loss == pytest.approx(want, rel=1e-5)
     assert metrics["aux_loss"] == pytest.approx(want_metrics["aux_loss"], rel=1e-5)
-    assert metrics.get("dropped", 0) == 0 and ("dropped" in metrics) == (way == "capacity")
+    assert metrics.get("dropped", 0) == 0 and ("dropped" in metrics) == (way != "reference")
     for (name, g), (_, one) in zip(trees.named_leaves(grads), trees.named_leaves(want_grads), strict=True):
         # float32, sums in another order over at most 8 x 16 x 256 terms
         np.testing.assert_allclose(g, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)

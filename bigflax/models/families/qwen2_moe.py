@@ -9,7 +9,6 @@ from bigflax.models.families import llama
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Mlp, Norm, Transformer, alternating, attention_kinds
 from bigflax.nn import Moe, Rope, head_width, normal
-from bigflax.ops.moe import CAPACITY
 
 SIZES = {
     "tiny": dict(
@@ -50,7 +49,7 @@ def build(
     head: str | None = "causal_lm",
     num_labels: int = 2,
     dispatch: str | None = None,  # how tokens reach their experts: ops/moe.py
-    capacity_factor: float = CAPACITY,
+    capacity_factor: float | None = None,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,

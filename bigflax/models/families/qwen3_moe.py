@@ -9,7 +9,6 @@ from bigflax.models.families import llama, qwen2_moe, qwen3
 from bigflax.models.heads import decoder_head
 from bigflax.models.transformer import Attention, Block, Embed, Group, Norm, Transformer
 from bigflax.nn import Moe, Rope, head_width, normal
-from bigflax.ops.moe import CAPACITY
 
 _PUBLISHED = dict(head_dim=128, norm_topk_prob=True, rope_theta=1e6, max_position_embeddings=40960)
 SIZES = {
@@ -48,7 +47,7 @@ def build(
     head: str | None = "causal_lm",
     num_labels: int = 2,
     dispatch: str | None = None,  # how tokens reach their experts: ops/moe.py
-    capacity_factor: float = CAPACITY,
+    capacity_factor: float | None = None,
     dtype: str = "float32",
     remat: str = "none",
     unroll: int | bool = 1,
