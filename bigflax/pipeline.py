@@ -13,8 +13,11 @@ the order of the layers, they are laid out anew once a step and their gradients 
 
 Bubbles compute on real rows, so that nothing overflows there; what they compute is dropped. Micro-batch m are the rows m, m + M ...
 
-What it costs: weights that lie over fsdp are gathered in every tick, not once a pass; the input is gathered over the stages, and the output summed
-over them, once a step. Left out on purpose: schedules that mix forward and backward (1F1B); with remat "full" a tick keeps its input alone.
+Outside of the pipeline the stages' devices share the rows, as the table's "batch" says: an embedding or a head is computed once.
+What it costs: weights that lie over fsdp are gathered in every tick, and their gradients scattered, not once a pass (over data and slices
+gradients are added up first); the input is gathered over the stages, and the output summed over them, once a step.
+Left out on purpose: schedules that mix forward and backward (1F1B); with remat "full" a tick keeps its input alone, at the price of one more
+pass forward.
 
 Legend: B rows, S stages, M micro-batches, R rounds, L layers, C = L / (S R) layers of a piece, T ticks, G groups of rows over `data` and `slice`.
 """
@@ -212,12 +215,12 @@ _hand_on.defvjp(lambda x: (_hand_on(x), None), lambda _, g: (jnp.roll(g, -1, axi
 
 
 def _below_stages(policy: Policy) -> Policy:
-    """The policy of one stage, under the `vmap` over all: a product's first batch dimension is that of the stages, and not seen."""
+    """The policy of a layer, under the `vmap` over stages and groups: a product's first two batch dimensions are these, and not seen."""
 
     def keeps(primitive: Any, *avals: Any, **params: Any) -> Any:
         if primitive is jax.lax.dot_general_p:
             contracted, (left, right) = params["dimension_numbers"]
-            params = params | {"dimension_numbers": (contracted, (left[1:], right[1:]))}
+            params = params | {"dimension_numbers": (contracted, (left[2:], right[2:]))}
         return policy(primitive, *avals, **params)
 
     return keeps

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from bigflax import models, nn, pipeline, sharding, tasks, train, trees
+from bigflax.flops import count_flops
 
 B, T, D, L = 32, 4, 6, 8
 # mesh, micro-batches, rounds
@@ -86,6 +87,23 @@ def check(sizes, micro, repeats, remat, tied):
     for (name, a), (_, b) in zip(trees.named_leaves(got), trees.named_leaves(want), strict=True):
         # float32, sums over at most 32 x 4 x 8 terms in another order
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=name)
+
+
+def test_a_policy_keeps_what_it_keeps_without_stages():
+    """Products with weights are kept and not computed again; with "full" the tick, and in it each layer, is."""
+
+    def work(remat):
+        def grads(w, x):
+            dense = lambda w, x, shared, key: (jnp.tanh(x @ w), None)
+            with sharding.tracing_on(mesh_of(dict(stage=2, data=2))):
+                plan = pipeline.plan(L, B)
+                run = lambda w, x: pipeline.run(dense, w, x, {}, plan, policy=nn.REMAT[remat], keep=remat != "full")[0]
+                return jax.grad(lambda w, x: jnp.sum(run(w, x) ** 2), argnums=(0, 1))(w, x)
+
+        return count_flops(grads, jnp.ones((L, D, D)), jnp.ones((B, T, D)))
+
+    forward = 3 * 2 * L * 2 * (B // 2 * T) * D * D // 2  # three ticks, and each of both stages its half of the layers on half of the rows
+    assert (work("none"), work("dots"), work("full")) == (3 * forward, 3 * forward, 5 * forward)
 
 
 def test_each_layer_and_micro_batch_draws_its_own():
