@@ -13,7 +13,7 @@ travels once a pass. A chunk takes as many rows from every device that has a par
 `where(id == label)`, not by a gather, which a sharded vocabulary would have to collect.
 
 8,192 tokens, V 131,072, D 4096 on one chip of a v5e, bfloat16 x over float32 w, temporaries as its compiler plans them: 129 MiB, of which dx in
-float32 is 128, against 2,048 for optax over bfloat16 logits (tests/benchmarks/bench_head.py).
+float32 is 128, against 4,096 for optax over float32 logits and 6,144 over bfloat16 ones (tests/benchmarks/bench_head.py).
 
 On the CPU one piece and plain autodiff are fastest while the logits are small. 512 tokens, D 768, V 50257, float32, forward and backward,
 against optax over `x @ w.T`: one piece 0.98 of the time and 103 MB of temporaries (optax 206).
@@ -41,8 +41,8 @@ from bigflax.weights import is_typed, shape
 
 IGNORE = -100
 NAIVE_LOGITS = 2**28  # one GiB of float32 logits: up to here a CPU takes them in one piece
-CHUNK_LOGITS = 2**24
-CHUNK_ROWS = (1024, 16384)
+CHUNK_LOGITS = 2**24  # 64 MiB of them a device
+CHUNK_ROWS = (1024, 16384)  # the fewest, whose product fills the chip, and the most, which are gathered at once
 NEVER = float(jnp.finfo(jnp.float32).min)  # the logit of padding
 
 
@@ -158,7 +158,7 @@ def _loss(lse, target, labels, z_loss: float) -> jax.Array:
 def _chunks(cut: Cut, w_VD: Any, bias: jax.Array | None) -> tuple[Any, Callable[..., Any]]:
     """(what the chunks have of the weight and the bias, a function from one chunk's parts to both, which adds what a typed weight's chunks share)."""
     leaves, tree = jax.tree.flatten((w_VD, bias))
-    own = [leaf.shape[0] == cut.rows for leaf in leaves]
+    own = [leaf.shape[:1] == (cut.rows,) for leaf in leaves]
     names = lambda leaf: () if leaf.ndim == 1 else ("embed",) if not is_typed(w_VD) else (None,) * (leaf.ndim - 1)
     each = [cut.split(leaf, *names(leaf)) for leaf, mine in zip(leaves, own, strict=True) if mine]
     flat = lambda part: part.reshape(-1, *part.shape[2:])

@@ -5,7 +5,7 @@
 
 Both heads are `loss(x, w, labels)` and its gradients in x and w, of bfloat16 x and float32 w on the TPU and float32 on the CPU. Naive is
 optax over logits that are all there, in the precision that ours has (a product of bfloat16 summed in float32), and "narrow" the same over
-logits rounded to bfloat16, which XLA holds in half the memory. Temporaries are the compiler's own for one chip of a v5e: the gradients are
+logits rounded to bfloat16, of which XLA makes a float32 copy too. Temporaries are the compiler's own for one chip of a v5e: the gradients are
 outputs and do not count. It compiles in a process of its own, for libtpu looks for a TPU at start. On the CPU the heads take turns, A B A B, in
 one process, and the figure is the median over pairs of turns of the ratio of their times.
 """
