@@ -190,10 +190,10 @@ def _tell(guests: Iterable[socket.socket], said: str) -> None:
 class StopSignal:
     """Between `with` and its end, SIGTERM and SIGINT (Ctrl-C) to any host ask all of them to stop after one and the same step.
 
-    `received` is the name of the signal that came to this process, `stopped` whether the hosts have agreed to stop. On one host that is after
-    the running step, and a second signal ends at once. On several SIGTERM is JAX's own: its notice travels for a second or so (it is
-    looked for once a second), and one that came after `start_hosts` and before the first step stops after that. Between the two
-    `agreed` must be called equally often everywhere, so call it after every step; it costs some microseconds and no collective.
+    `received` is the name of a signal that came to this process, `stopped` whether the hosts have agreed to stop. One host stops after the
+    running step, and a second signal ends it at once. Several stop a second or so later: SIGTERM is JAX's own there, which looks for it
+    once a second; one that came after `start_hosts` and before the first step counts. `agreed` must be called equally often everywhere, so
+    call it after every step: it costs microseconds and no collective. A handler that Python sets for SIGTERM takes the place of JAX's.
     """
 
     CODE = 75  # EX_TEMPFAIL: "start me again", for a launcher that restarts
@@ -218,7 +218,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         if self._several:
-            signal.raise_signal(signal.SIGTERM)  # JAX's handler, in C++, tells the others; Python's would take its place
+            signal.raise_signal(signal.SIGTERM)  # JAX's handler, in C++, tells the others
 
     def agreed(self) -> bool:
         """True after the step at which all hosts stop, and from then on."""

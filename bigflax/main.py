@@ -7,7 +7,8 @@
     bigflax convert SOURCE FOLDER [--dtype=bfloat16]                  a Hugging Face folder or hub id, written anew
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
-What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved.
+What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved; a host that fell silent ends
+the others in exit code 134 (hosts.py).
 """
 
 import argparse
