@@ -9,11 +9,12 @@ verb=${0##*/}
 dry="" arguments=("$verb") out="" why="" state="" sleeper="" partial=""
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/bigflax-tpu.XXXXXX")
 trap 'rm -rf "$tmp"; [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null || true' EXIT
-trap 'interrupted; exit 130' INT TERM HUP
+exec 5>&2 # a signal may come while standard error goes to a file
+trap 'interrupted >&5; exit 130' INT TERM HUP
 
 say() { printf '%s%s\n' "${dry:+# }" "$*"; }
 fail() { printf '%s: %s\n' "$verb" "$1" >&2; exit "${2:-1}"; } # a mistake of whoever called is 2
-interrupted() { billed "interrupted" >&2; }
+interrupted() { billed "interrupted"; }
 billed() { # WORDS: what to know where a slice is left behind
     local how="may be there and is then"
     [ "$state" != ACTIVE ] || how="is there and"
@@ -28,10 +29,10 @@ pause() { # SECONDS, in the background, so that a signal need not wait for their
 }
 
 quoted() { # WORD...: one line that a shell reads as these words
-    local word line=""
+    local word line="" single="'" escaped="'\\''"
     for word; do
         case $word in
-            "" | *[!A-Za-z0-9_./:=,@%+-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
+            "" | *[!A-Za-z0-9_./:=,@%+-]*) line+=" '${word//$single/$escaped}'" ;;
             *) line+=" $word" ;;
         esac
     done
@@ -83,7 +84,11 @@ check_settings() { # also sets chips, hosts and accelerator
     [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is no number of slices; give 1 or more" 2
     case $PROVISIONING in spot | on-demand | reserved) ;; *) fail "PROVISIONING=$PROVISIONING is unknown; there are spot, on-demand and reserved" 2 ;; esac
     case $WHEN_OVER in keep | delete) ;; *) fail "WHEN_OVER=$WHEN_OVER is unknown; there are keep and delete" 2 ;; esac
-    [[ $BUCKET =~ ^gs://[a-z0-9] ]] || fail "BUCKET=$BUCKET is no bucket; set BUCKET=gs://NAME in tpu_scripts/settings.sh or in the environment" 2
+    [[ $BUCKET =~ ^gs://[a-z0-9][-_.a-z0-9]+(/[-_.A-Za-z0-9]+)*/?$ ]] ||
+        fail "BUCKET=$BUCKET is no bucket; set BUCKET=gs://NAME in tpu_scripts/settings.sh or in the environment" 2
+    for side in WAIT_HOURS POLL_SECONDS LOG_SECONDS RETRIES; do
+        [[ ${!side} =~ ^[0-9]+$ ]] || fail "$side=${!side} is no whole number" 2
+    done
     BUCKET=${BUCKET%/} folder=${BUCKET%/}/$TPU_NAME
     chips=$((chips * SLICES))
 }
