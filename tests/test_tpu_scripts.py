@@ -134,6 +134,7 @@ def test_stub_takes_what_gcloud_takes():
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_dry_run(verb, cloud):
     assert f"tpu_scripts/{verb} [--dry-run]" in cloud.call(verb, "--help")
+    assert re.search(rf"`{verb}\b|tpu_scripts/{verb}\b", (SCRIPTS / "README.md").read_text())
     text = cloud.call(verb, "--dry-run", CLUSTER="c")
     assert re.search("^(gcloud|kubectl|xpk|# kubectl) ", text, re.MULTILINE)
     assert cloud.calls() == []
@@ -246,6 +247,10 @@ def test_setup_fails_half_way(cloud):
     assert "tpu_scripts/setup first" in cloud.call("run", code=1)
     assert not cloud.trainings()
     cloud.call("setup")
+    cloud.faults(install=["0", "2"])
+    cloud.call("setup", code=1)  # a second version, of which one worker has nothing
+    assert "tpu_scripts/setup first" in cloud.call("run", code=1)
+    cloud.call("setup")
     cloud.call("run")
     cloud.started(2)
 
@@ -258,7 +263,7 @@ def test_setup_takes_a_folder_or_a_wheel(cloud):
     for name in ("pyproject.toml", "README.md", "LICENSE", "bigflax/__init__.py", "secret"):
         (cloud.folder / "tree dir" / name).touch()
     cloud.call("setup", PACKAGE="tree dir")
-    assert cloud.calls("uv", "pip", hosts="t1v")[-1][-1] == "./source[tpu,gcs]"
+    assert cloud.calls("uv", "pip", hosts="t1v")[-1][-3:] == ["--reinstall-package", "bigflax", "./source[tpu,gcs]"]
     source = next(cloud.folder.glob("machines/*/*/0/bigflax/source"))
     assert {path.name for path in source.iterdir()} == {"bigflax", "configs", "pyproject.toml", "README.md", "LICENSE"}
     (cloud.folder / "bigflax-0.1.0-py3-none-any.whl").touch()
@@ -282,6 +287,12 @@ def test_worker_three_unreachable(cloud):
     cloud.faults(silent=[3])
     assert "worker 3 of bigflax" in cloud.call("run", code=1)
     assert not cloud.trainings()
+
+
+def test_key_not_in_the_agent(cloud):
+    cloud.call("create")
+    cloud.faults(agent=True)
+    assert "ssh-add ~/.ssh/google_compute_engine" in cloud.call("setup", code=1)
 
 
 def test_all_workers_or_none(cloud):
@@ -393,11 +404,15 @@ def test_watch_is_killed_and_called_again(cloud):
         assert "ACTIVE" in child.stdout.readline()
         assert "is being watched already" in cloud.call("watch", code=2)
         child.kill()
+    cloud.faults(slow=2)  # so that the signal comes while gcloud runs
     with cloud.start("watch") as child:
         assert "ACTIVE" in child.stdout.readline()
-        time.sleep(0.5)
+        looks = lambda: len(cloud.calls("gcloud", "compute", "tpus", "queued-resources", "describe"))
+        before = looks()
+        until(lambda: looks() > before)
         child.send_signal(signal.SIGINT)
         text = child.communicate(timeout=20)[0]
+    cloud.faults(slow=0)
     assert child.returncode == 130 and "the training goes on by itself" in text and "is there and billed" in text
     assert len(cloud.trainings()) == 2
     with cloud.start("watch") as child:

@@ -125,7 +125,7 @@ explain() { # STATUS, gcloud's complaint on stdin: prints what to do about it
         *PERMISSION_DENIED* | *"does not have"*"ermission"* | *"does not have"*"access"* | *" 403"*) echo "the account that gcloud uses may not do this (it needs the roles TPU Admin, Service Account User, and Storage Object Admin on $BUCKET). gcloud said: $last" ;;
         *"Reservation"* | *"reservation"*) echo "the project has no reservation of $accelerator in $ZONE: set PROVISIONING=spot or on-demand. gcloud said: $last" ;;
         *INVALID_ARGUMENT* | *"ccelerator type"* | *"untime version"*) echo "Cloud TPU does not accept ZONE=$ZONE, TOPOLOGY=$TOPOLOGY ($accelerator), RUNTIME=$RUNTIME together: gcloud compute tpus accelerator-types list --zone=$ZONE shows what there is. gcloud said: $last" ;;
-        *"not in the SSH agent"*) echo "the SSH key is locked: ssh-add ~/.ssh/google_compute_engine" ;;
+        *"SSH agent"*) echo "your ssh-agent lacks the key that gcloud uses: ssh-add ~/.ssh/google_compute_engine" ;;
         *"matched no objects"* | *NOT_FOUND* | *" 404"* | *"not found"*) echo "not there: $last" ;;
         *) if [ "$1" = 124 ]; then echo "gcloud gave no answer within ${limit:-600} s: try again"; else echo "gcloud ended with $1: ${last:-it said nothing}"; fi ;;
     esac
