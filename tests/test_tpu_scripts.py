@@ -206,7 +206,7 @@ def test_a_refused_request_says_what_to_do(complaint, cloud):
 
 def test_bucket_missing(cloud):
     """Known before anything is asked for, and how to make it is said."""
-    assert "gcloud storage buckets create gs://absent --location=us-west4" in cloud.call("create", code=1, BUCKET="gs://absent")
+    assert "gcloud storage buckets create gs://absent --location=us-west4" in cloud.call("create", code=1, BUCKET="gs://absent/some/where")
     assert not cloud.created()
 
 
@@ -444,12 +444,16 @@ def test_delete(cloud):
 
 
 def test_slices(cloud):
-    """Two slices are one request, and one run over the workers of both."""
+    """Two slices are one request, and one run over the workers of both; all in a folder of a bucket."""
+    cloud.env["BUCKET"] = "gs://bucket/my/folder"
     cloud.up(SLICES="2", workers=4)
     (call,) = cloud.calls("gcloud", "compute", "tpus", "queued-resources", "create")
     assert {"--node-count=2", "--node-prefix=bigflax"} <= {*call}
     assert "the run is done" in cloud.call("watch", SLICES="2")
-    assert {p.name.partition(".")[0] for p in (cloud.folder / "buckets/bucket/bigflax/logs").glob("*.log")} == {"bigflax-0", "bigflax-1"}
+    assert {p.name.partition(".")[0] for p in (cloud.folder / "buckets/bucket/my/folder/bigflax/logs").glob("*.log")} == {
+        "bigflax-0",
+        "bigflax-1",
+    }
 
 
 def test_a_recipe_of_your_own_travels_along(cloud):

@@ -6,7 +6,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 verb=${0##*/}
-dry="" arguments=("$verb") out="" why="" state="" sleeper="" partial=""
+dry="" arguments=("$verb") out="" why="" state="" chips="" sleeper="" partial=""
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/bigflax-tpu.XXXXXX")
 trap 'rm -rf "$tmp"; [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null || true' EXIT
 exec 5>&2 # a signal may come while standard error goes to a file
@@ -65,7 +65,7 @@ load_settings() {
     for name in "${kept[@]}"; do [ -z "$name" ] || printf -v "${name%%=*}" '%s' "${name#*=}"; done
 }
 
-check_settings() { # also sets chips, hosts and accelerator
+check_settings() { # also sets accelerator, chips (of all slices) and folder
     local generation=${TOPOLOGY%%:*} sides=${TOPOLOGY#*:} side
     [[ $TPU_NAME =~ ^[a-z]([-a-z0-9]{0,37}[a-z0-9])?$ ]] ||
         fail "TPU_NAME=$TPU_NAME is no name: at most 39 small letters, digits and dashes, a letter first and no dash last" 2
@@ -143,8 +143,10 @@ look() { # [STATE]: sets $state to that of the queued resource, NONE where there
 }
 
 preflight() { # before anything costs money
-    cloud storage ls "$BUCKET" || case $why in
-        "not there:"*) fail "the bucket $BUCKET is not there: gcloud storage buckets create $BUCKET --location=${ZONE%-*}" ;;
+    local name=${BUCKET#gs://}
+    cloud storage ls "gs://${name%%/*}" || case $why in
+        *"matched no objects"*) ;; # an empty one
+        "not there:"*) fail "the bucket is not there: gcloud storage buckets create gs://${name%%/*} --location=${ZONE%-*}" ;;
         *) fail "$why" ;;
     esac
 }
