@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bigflax.stored import open_path
+
 DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # Unicode braille: the bit of each dot of a 4 x 2 cell
 
 
@@ -42,7 +44,8 @@ def plot_curves(history: Sequence[Mapping[str, float]], path: str | os.PathLike,
     axes.spines[["top", "right"]].set_visible(False)
     if steps or eval_steps:
         axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(os.fspath(path))
+    with open_path(path).open("wb") as file:  # gs:// too
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def terminal_curve(steps: Sequence[float], values: Sequence[float], width: int = 72, height: int = 12) -> str:

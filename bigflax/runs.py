@@ -25,6 +25,7 @@ from bigflax.generate import check as check_generate
 from bigflax.generate import generate
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
+from bigflax.stored import open_path
 from bigflax.writers import open_writers, read_jsonl
 
 Config = Any  # a resolved ConfigDict, whose attributes no type checker knows
@@ -71,7 +72,7 @@ class Run:
     def tokenizer(self) -> data.Tokenizer:
         """That of the work folder where there is one, so that a resumed run never trains another."""
         c, kept = self.config.tokenizer, os.path.join(self.work, "tokenizer")
-        if self.work and os.path.exists(os.path.join(kept, "tokenizer.json")):
+        if self.work and (open_path(kept) / "tokenizer.json").exists():
             return data.load_tokenizer(kept)
         if c.kind == "bpe":
             texts = (text for records in self.records("train") for text in data.sample_texts(records, seed=self.config.seed))
@@ -235,8 +236,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
 def summarized(work: str) -> int | None:
     """The step of the last summary, which is the last thing that a run writes; None where there is none."""
     try:
-        with open(os.path.join(work, "summary.json")) as file:
-            return json.load(file)["steps"]
+        return json.loads((open_path(work) / "summary.json").read_text())["steps"]
     except (OSError, ValueError, KeyError):
         return None
 
@@ -279,8 +279,7 @@ def summarize(run: Run, step: int, text: str | None, seconds: float, cost: Mappi
     if text is not None:
         say(f"\n{'sample':-^72}\n{text}\n{'':-^72}")
     say(f"\ncheckpoints, metrics and loss.png are in {run.work}")
-    with open(os.path.join(run.work, "summary.json"), "w") as file:
-        json.dump({**summary, **cost, "sample": text}, file, indent=1)
+    (open_path(run.work) / "summary.json").write_text(json.dumps({**summary, **cost, "sample": text}, indent=1))
 
 
 def measure_yardsticks(run: Run) -> dict[str, float]:

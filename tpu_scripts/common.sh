@@ -6,14 +6,15 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 verb=${0##*/}
-dry="" arguments=("$verb") out="" why="" state="" sleeper="" partial=""
+dry="" arguments=("$verb") out="" why="" state="" chips="" sleeper="" partial=""
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/bigflax-tpu.XXXXXX")
 trap 'rm -rf "$tmp"; [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null || true' EXIT
-trap 'interrupted; exit 130' INT TERM HUP
+exec 5>&2 # a signal may come while standard error goes to a file
+trap 'interrupted >&5; exit 130' INT TERM HUP
 
 say() { printf '%s%s\n' "${dry:+# }" "$*"; }
 fail() { printf '%s: %s\n' "$verb" "$1" >&2; exit "${2:-1}"; } # a mistake of whoever called is 2
-interrupted() { billed "interrupted" >&2; }
+interrupted() { billed "interrupted"; }
 billed() { # WORDS: what to know where a slice is left behind
     local how="may be there and is then"
     [ "$state" != ACTIVE ] || how="is there and"
@@ -28,10 +29,10 @@ pause() { # SECONDS, in the background, so that a signal need not wait for their
 }
 
 quoted() { # WORD...: one line that a shell reads as these words
-    local word line=""
+    local word line="" single="'" escaped="'\\''"
     for word; do
         case $word in
-            "" | *[!A-Za-z0-9_./:=,@%+-]*) line+=" '${word//\'/\'\\\'\'}'" ;;
+            "" | *[!A-Za-z0-9_./:=,@%+-]*) line+=" '${word//$single/$escaped}'" ;;
             *) line+=" $word" ;;
         esac
     done
@@ -64,7 +65,7 @@ load_settings() {
     for name in "${kept[@]}"; do [ -z "$name" ] || printf -v "${name%%=*}" '%s' "${name#*=}"; done
 }
 
-check_settings() { # also sets chips, hosts and accelerator
+check_settings() { # also sets accelerator, chips (of all slices) and folder
     local generation=${TOPOLOGY%%:*} sides=${TOPOLOGY#*:} side
     [[ $TPU_NAME =~ ^[a-z]([-a-z0-9]{0,37}[a-z0-9])?$ ]] ||
         fail "TPU_NAME=$TPU_NAME is no name: at most 39 small letters, digits and dashes, a letter first and no dash last" 2
@@ -83,7 +84,11 @@ check_settings() { # also sets chips, hosts and accelerator
     [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES is no number of slices; give 1 or more" 2
     case $PROVISIONING in spot | on-demand | reserved) ;; *) fail "PROVISIONING=$PROVISIONING is unknown; there are spot, on-demand and reserved" 2 ;; esac
     case $WHEN_OVER in keep | delete) ;; *) fail "WHEN_OVER=$WHEN_OVER is unknown; there are keep and delete" 2 ;; esac
-    [[ $BUCKET =~ ^gs://[a-z0-9] ]] || fail "BUCKET=$BUCKET is no bucket; set BUCKET=gs://NAME in tpu_scripts/settings.sh or in the environment" 2
+    [[ $BUCKET =~ ^gs://[a-z0-9][-_.a-z0-9]+(/[-_.A-Za-z0-9]+)*/?$ ]] ||
+        fail "BUCKET=$BUCKET is no bucket; set BUCKET=gs://NAME in tpu_scripts/settings.sh or in the environment" 2
+    for side in WAIT_HOURS POLL_SECONDS LOG_SECONDS RETRIES; do
+        [[ ${!side} =~ ^[0-9]+$ ]] || fail "$side=${!side} is no whole number" 2
+    done
     BUCKET=${BUCKET%/} folder=${BUCKET%/}/$TPU_NAME
     chips=$((chips * SLICES))
 }
@@ -120,7 +125,7 @@ explain() { # STATUS, gcloud's complaint on stdin: prints what to do about it
         *PERMISSION_DENIED* | *"does not have"*"ermission"* | *"does not have"*"access"* | *" 403"*) echo "the account that gcloud uses may not do this (it needs the roles TPU Admin, Service Account User, and Storage Object Admin on $BUCKET). gcloud said: $last" ;;
         *"Reservation"* | *"reservation"*) echo "the project has no reservation of $accelerator in $ZONE: set PROVISIONING=spot or on-demand. gcloud said: $last" ;;
         *INVALID_ARGUMENT* | *"ccelerator type"* | *"untime version"*) echo "Cloud TPU does not accept ZONE=$ZONE, TOPOLOGY=$TOPOLOGY ($accelerator), RUNTIME=$RUNTIME together: gcloud compute tpus accelerator-types list --zone=$ZONE shows what there is. gcloud said: $last" ;;
-        *"not in the SSH agent"*) echo "the SSH key is locked: ssh-add ~/.ssh/google_compute_engine" ;;
+        *"SSH agent"*) echo "your ssh-agent lacks the key that gcloud uses: ssh-add ~/.ssh/google_compute_engine" ;;
         *"matched no objects"* | *NOT_FOUND* | *" 404"* | *"not found"*) echo "not there: $last" ;;
         *) if [ "$1" = 124 ]; then echo "gcloud gave no answer within ${limit:-600} s: try again"; else echo "gcloud ended with $1: ${last:-it said nothing}"; fi ;;
     esac
@@ -138,8 +143,10 @@ look() { # [STATE]: sets $state to that of the queued resource, NONE where there
 }
 
 preflight() { # before anything costs money
-    cloud storage ls "$BUCKET" || case $why in
-        "not there:"*) fail "the bucket $BUCKET is not there: gcloud storage buckets create $BUCKET --location=${ZONE%-*}" ;;
+    local name=${BUCKET#gs://}
+    cloud storage ls "gs://${name%%/*}" || case $why in
+        *"matched no objects"*) ;; # an empty one
+        "not there:"*) fail "the bucket is not there: gcloud storage buckets create gs://${name%%/*} --location=${ZONE%-*}" ;;
         *) fail "$why" ;;
     esac
 }

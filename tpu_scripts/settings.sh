@@ -1,6 +1,6 @@
 # The settings of all scripts here. One of them can also be given for one call, by an environment variable of its name
 # (ZONE=europe-west4-b tpu_scripts/create), and several by a second file like this one (SETTINGS=mine.sh tpu_scripts/create).
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154
 
 PROJECT=""             # Google Cloud project; empty: the one that gcloud is set to
 ZONE=us-west4-a        # `gcloud compute tpus accelerator-types list --zone=ZONE` shows what a zone has
@@ -13,7 +13,7 @@ PROVISIONING=spot      # spot (cheap, taken away at any time, watch brings it ba
 RUNTIME=""             # the machines' image; empty: the one of the generation (common.sh has the table)
 
 CONFIG=gpt2_124m       # a recipe's name or file, as in `bigflax train --config`
-PACKAGE=.              # what is installed: a folder or wheel of bigflax, or a requirement as pip takes it
+PACKAGE=$here/..       # what is installed: a folder or wheel of bigflax (this one), or a requirement as pip takes it
 
 WAIT_HOURS=24          # how long to queue for a slice
 POLL_SECONDS=60        # how often watch looks
