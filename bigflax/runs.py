@@ -157,9 +157,9 @@ class Run:
 
     def sample(self, params: Any) -> str | None:
         """The prompt and its continuation; None where there is no prompt."""
-        c, ids = self.config.sample, self.prompt()
-        if ids is None:
+        if (ids := self.prompt()) is None:
             return None
+        c = self.config.sample
         with sharding.tracing_on(self.mesh):
             tokens = generate(
                 self._model(unroll=1),  # it compiles twice, for the prompt and for a token

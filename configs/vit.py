@@ -9,7 +9,8 @@ bfloat16 over float32 weights and moments, AdamW, cosine, 224 x 224 pixels; opti
 2111.06377, table 11, training from nothing) at a quarter of its batch, without its mixup, cutmix, RandAugment, drop path and moving average.
 A hash of their names holds 1% of the images out. To decode JPEG for one v5e chip takes several CPU cores: `data.workers` a host.
 
-Planned, not yet run (the TPU compiler's account of a chip; a step takes at least so long):
+Measured: not yet run at full length. Planned, base on v5e:2x4, large on v5e:4x4 (the TPU compiler's account of a chip; a step takes at least so
+long):
 
 @PLANS@
 """
