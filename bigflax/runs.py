@@ -49,8 +49,8 @@ class Run:
     def quality(self) -> Quality:
         c = self.config.data
         quarantine = os.path.join(self.work, "quarantine.jsonl") if self.work else None
-        text = {"max_line": c.max_line, "field": c.field} if self.kind.tokenized else {"field": None}
-        return Quality(c.bad_records, c.max_bad, quarantine, **text)
+        line, field = (c.max_line, c.field) if self.kind.tokenized else (0, None)
+        return Quality(c.bad_records, c.max_bad, quarantine, line, field)
 
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
@@ -125,7 +125,7 @@ class Run:
 
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
-        text = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.tokenized else {}
+        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.tokenized else {}
         return tasks.create(**self.config.task, model=self.model, **text)
 
     def state_like(self) -> train.State:
@@ -183,13 +183,14 @@ def agreed(config: Config, **asked: int | None) -> dict[str, Any]:
     disagree, and where neither says anything."""
     found = {}
     for name, value in asked.items():
-        said = config.model.get(name, value)
+        said: Any = config.model.get(name, value)
         if said is None and value is None:
             raise ValueError(f"the recipe must set 'model.{name}': the data do not say it")
-        if None not in (said, value) and name in COUNTS and said < value:
-            raise ValueError(f"model.{name} {said} is smaller than {COUNTS[name].format(value)}")
-        if None not in (said, value) and name in SAME and said not in (value, (value, value)):
-            raise ValueError(f"model.{name} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
+        if said is not None and value is not None:
+            if name in COUNTS and said < value:
+                raise ValueError(f"model.{name} {said} is smaller than {COUNTS[name].format(value)}")
+            if name in SAME and said not in (value, (value, value)):
+                raise ValueError(f"model.{name} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
         if name in config.model:
             found[name] = value if said is None else said
     return found
