@@ -6,6 +6,7 @@ process free to answer with the estimate at once. It speaks in lines: {"say": "c
 
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -34,15 +35,19 @@ class Parts(NamedTuple):
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """The step of a resolved recipe on `mesh`; neither its data nor its tokenizer is read, but for a `tokenizer.path`'s size."""
     run = runs.Run(config)
-    run.mesh, run.vocab_size = mesh, vocab_size(config)
+    run.mesh, run.fields = mesh, fields(config)
     sharding.check_batch(config.data.batch_size, mesh)
     loss_fn = tasks.create(**config.task, model=run.model)
     state = run.state_like()
-    c = config.data
-    shapes = data.text_shapes(length=c.length, batch_size=c.batch_size, objective=c.objective, token_type_ids=c.token_type_ids)
+    shapes = run.kind.shapes(**{name: config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
     where = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
     return Parts(train.train_step(loss_fn, run.tx, state, seed=config.seed, **config.step), state, batch, loss_fn, run.model.axes)
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Those of the model's fields that follow from the data, without the data."""
+    return {"vocab_size": vocab_size(config)} if recipes.data_kind(config.model.name).tokenized else runs.image_fields(config, None)
 
 
 def vocab_size(config: Config) -> int:
@@ -101,7 +106,7 @@ def choices(config: Config, place: Topology, *, price: float | None = None) -> l
         whole = made(mesh, "none")
         return estimated(changed(mesh, remat, accumulate), place, price=price, made=whole, traced=traced(mesh, remat))
 
-    module = models.create(**{**dict(config.model), "size": None, "vocab_size": vocab_size(config)})
+    module = models.create(**{**dict(config.model), "size": None, **fields(config)})
     experts = any("router" in name for name, _ in trees.named_leaves(module.shapes()))
     return planner.tried(
         one, place.devices, place.slices, ("data", "fsdp", *(("expert",) if experts else ()), "tensor"), config.data.batch_size

@@ -47,26 +47,44 @@ def _keywords(function: Callable[..., Any], *given: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given}
 
 
+def data_kind(model: str) -> data.Kind:
+    """The kind of data that a model of this family takes. Raises ValueError where there is none for it."""
+    takes = models.family(model).build().example()
+    found = next((data.KINDS[name] for name in takes if name in data.KINDS), None)
+    if found is None:
+        raise ValueError(f"{model} takes {', '.join(takes)}, which no data of a recipe gives; there is data of {', '.join(data.KINDS)}")
+    return found
+
+
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe may say, as a nested dict of defaults; what model and task take depends on their names."""
-    family = models.family(config["model"]["name"])
+    """What a recipe may say, as a nested dict of defaults; what model, data and task take depends on the names of model and task."""
+    family, kind = models.family(config["model"]["name"]), data_kind(config["model"]["name"])
     size = config["model"].get("size")
     if size is not None and size not in family.SIZES:
         raise ValueError(f"{config['model']['name']} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
     task = config["task"]["name"]
     if task not in tasks.TASKS:
         raise ValueError(f"unknown task {task!r}; {trees.did_you_mean(task, tasks.TASKS, 'the tasks are')}")
+    fields = _keywords(family.build)
+    words, prompt = {}, {}
+    if kind.tokenized:
+        words = {"tokenizer": {"kind": "bpe", "path": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
+        prompt = {"sample": {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}, "yardsticks": False}
     return {
         "seed": 0,
         "work": "",
-        # vocab_size None: the tokenizer's own
-        "model": {"name": "", "size": None, **_keywords(family.build), **(family.SIZES[size] if size else {}), "vocab_size": None},
-        "tokenizer": {"kind": "bpe", "path": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192},
+        "model": {
+            "name": "",
+            "size": None,
+            **fields,
+            **(family.SIZES[size] if size else {}),
+            **{k: None for k in kind.follows if k in fields},
+        },
+        **words,
         "data": {
-            **_keywords(data.text_batches, "source", "tokenizer", "split", "seed", "repeat", "mesh", "quality", "loader"),
+            **_keywords(kind.batches, *kind.given, "split", "seed", "repeat", "mesh", "quality", "loader"),
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
-            **_keywords(Quality, "quarantine", "bad"),
-            "source": inspect.Parameter.empty,
+            **_keywords(Quality, "quarantine", "bad", *(() if kind.tokenized else ("max_line", "field"))),
         },
         "task": {"name": "", **_keywords(tasks.TASKS[task], "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
         "optimizer": _keywords(optim.make, "axes", "steps"),
@@ -75,12 +93,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "fit": _keywords(train.fit, "state", "step", "loader", "evaluate", "checkpoints", "meta", "write", "meter", "watch", "stop"),
         "watch": {**_keywords(train.Watch), "metric": "loss"},
         "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
-        "sample": {
-            "prompt": "",
-            **_keywords(check, "model", "length"),
-            "max_new_tokens": 100,
-        },
-        "yardsticks": False,
+        **prompt,
     }
 
 

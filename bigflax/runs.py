@@ -39,7 +39,7 @@ class Run:
     """The parts of a run, each made on first use from `config` (a resolved recipe), its files under `config.work`."""
 
     def __init__(self, config: Config):
-        self.config, self.work = config, config.work
+        self.config, self.work, self.kind = config, config.work, recipes.data_kind(config.model.name)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -49,7 +49,8 @@ class Run:
     def quality(self) -> Quality:
         c = self.config.data
         quarantine = os.path.join(self.work, "quarantine.jsonl") if self.work else None
-        return Quality(c.bad_records, c.max_bad, quarantine, c.max_line, c.field)
+        line, field = (c.max_line, c.field) if self.kind.tokenized else (0, None)
+        return Quality(c.bad_records, c.max_bad, quarantine, line, field)
 
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
@@ -89,11 +90,13 @@ class Run:
 
     def loader(self, split: str) -> data.Loader:
         """Endless for "train"; one pass over "validation"."""
-        here = () if split == "train" else ("workers", "shards")  # one pass fills its rows best as one shard, which is its default
+        # one pass packs its rows best as one shard, which is its default
+        here = ("workers", "shards") if self.kind.tokenized and split != "train" else ()
         options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field", *here)
-        return data.text_batches(
+        given = {"tokenizer": self.tokenizer} if self.kind.tokenized else {"classes": self.fields.get("num_labels")}
+        return self.kind.batches(
             self.sources,
-            self.tokenizer,
+            **given,
             split=split,
             seed=self.config.seed,
             repeat=split == "train",
@@ -107,15 +110,14 @@ class Run:
         return self._model()
 
     @functools.cached_property
-    def vocab_size(self) -> int:
-        """The model's: what the recipe says, or the tokenizer's. Set it to make a model without a tokenizer."""
-        size, needed = self.config.model.vocab_size or self.tokenizer.vocab_size, self.tokenizer.vocab_size
-        if size < needed:
-            raise ValueError(f"model.vocab_size {size} is smaller than the tokenizer's {needed}")
-        return size
+    def fields(self) -> dict[str, Any]:
+        """Those of the model's fields that follow from the data. Set them to make a model without tokenizer and sources."""
+        if self.kind.tokenized:
+            return agreed(self.config, vocab_size=self.tokenizer.vocab_size)
+        return image_fields(self.config, data.count_classes(source for source, _ in self.sources))
 
     def _model(self, **more: Any) -> models.nn.Model:
-        return models.create(**{**_options(self.config.model), "size": None, "vocab_size": self.vocab_size, **more})
+        return models.create(**{**_options(self.config.model), "size": None, **self.fields, **more})
 
     @functools.cached_property
     def tx(self):
@@ -123,7 +125,8 @@ class Run:
 
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
-        return tasks.create(**self.config.task, model=self.model, token_bytes=self.tokenizer.token_bytes())
+        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.tokenized else {}
+        return tasks.create(**self.config.task, model=self.model, **text)
 
     def state_like(self) -> train.State:
         return train.state_like(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes)
@@ -147,16 +150,16 @@ class Run:
 
     def prompt(self) -> np.ndarray | None:
         """The recipe's prompt as token ids [1, T], or None where it has none or the model learns something else than to continue."""
-        text = self.config.sample.prompt
+        text = self.config.sample.prompt if self.kind.tokenized else ""
         if not text or self.config.data.objective != "causal":
             return None
         return np.array([[self.tokenizer.bos_id, *self.tokenizer.encode(text)]], np.int32)
 
     def sample(self, params: Any) -> str | None:
         """The prompt and its continuation; None where there is no prompt."""
-        c, ids = self.config.sample, self.prompt()
-        if ids is None:
+        if (ids := self.prompt()) is None:
             return None
+        c = self.config.sample
         with sharding.tracing_on(self.mesh):
             tokens = generate(
                 self._model(unroll=1),  # it compiles twice, for the prompt and for a token
@@ -169,6 +172,33 @@ class Run:
         new = np.asarray(tokens)[0].tolist()
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
         return c.prompt + self.tokenizer.decode(new[:end])
+
+
+COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more
+SAME = {"image_size": "data.size, {}", "num_channels": "the {} channels of data.mean"}
+
+
+def agreed(config: Config, **asked: int | None) -> dict[str, Any]:
+    """Of these fields those that the model has: as the recipe says, or where it says None as the data ask. Raises ValueError where the two
+    disagree, and where neither says anything."""
+    found = {}
+    for name, value in asked.items():
+        said: Any = config.model.get(name, value)
+        if said is None and value is None:
+            raise ValueError(f"the recipe must set 'model.{name}': the data do not say it")
+        if said is not None and value is not None:
+            if name in COUNTS and said < value:
+                raise ValueError(f"model.{name} {said} is smaller than {COUNTS[name].format(value)}")
+            if name in SAME and said not in (value, (value, value)):
+                raise ValueError(f"model.{name} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
+        if name in config.model:
+            found[name] = value if said is None else said
+    return found
+
+
+def image_fields(config: Config, classes: int | None) -> dict[str, Any]:
+    """What a model of images takes from its data."""
+    return agreed(config, num_labels=classes, image_size=config.data.size, num_channels=len(config.data.mean))
 
 
 def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
@@ -256,10 +286,13 @@ def describe(run: Run) -> str:
     """One line: the model's size, the mesh, the batch."""
     c, shapes = run.config, run.model.shapes()
     mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    if run.kind.tokenized:
+        amount = f"vocabulary {run.tokenizer.vocab_size}; batch {c.data.batch_size} x {c.data.length} tokens"
+    else:
+        amount = f"{run.fields.get('num_labels')} classes; batch {c.data.batch_size} images of {c.data.size} x {c.data.size}"
     return (
         f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), "
-        f"vocabulary {run.tokenizer.vocab_size}; "
-        f"batch {c.data.batch_size} x {c.data.length} tokens; {jax.devices()[0].device_kind}, {mesh}"
+        f"{amount}; {jax.devices()[0].device_kind}, {mesh}"
     )
 
 
@@ -272,7 +305,7 @@ def summarize(run: Run, step: int, text: str | None, seconds: float, cost: Mappi
     for record in history:
         final |= {name: value for name, value in record.items() if name != "step"}
     summary = {"steps": step, "seconds": round(seconds, 1), **{name: final[name] for name in final if name.startswith("eval/")}}
-    if config.yardsticks:
+    if run.kind.tokenized and config.yardsticks:
         summary |= measure_yardsticks(run)
     for name, value in summary.items():
         say(f"{name.replace('eval/', 'held-out ').replace('_', ' '):<28} {value:,.4g}")

@@ -15,7 +15,7 @@ from bigflax.metrics import Mean
 from bigflax.nn import Model
 from bigflax.weights import rounded
 
-LossFn = Callable[..., tuple[Any, dict[str, Any]]]
+LossFn = Callable[..., tuple[Any, ...]]
 
 IGNORED = -100
 
@@ -56,7 +56,10 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
 
 
 def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metric: `accuracy`."""
+    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metric: `accuracy`.
+
+    Running statistics that the model gives back (convnet.py) go on to the step.
+    """
 
     def loss_fn(params, batch, rng=None):
         labels_B = batch["labels"]
@@ -66,7 +69,8 @@ def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
         logits, real_B = out["logits"], labels_B != IGNORED
         count = jnp.sum(real_B)
         loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), count)
-        return loss, {"accuracy": Mean(jnp.sum((jnp.argmax(logits, -1) == labels_B) & real_B), count)}
+        metrics = {"accuracy": Mean(jnp.sum((jnp.argmax(logits, -1) == labels_B) & real_B), count)}
+        return (loss, metrics, out["updates"]) if "updates" in out else (loss, metrics)
 
     return loss_fn
 

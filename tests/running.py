@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from bigflax import recipes, runs, sharding, trees
 from bigflax.checkpoint import Checkpoints
@@ -164,3 +165,43 @@ def child_python(code: str, *argv: str, env: dict[str, str] | None = None, timeo
     done = subprocess.run([sys.executable, "-c", code, *argv], env=env or {**os.environ}, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.rstrip("\n")
+
+
+# -- images ---------------------------------------------------------------------------------------------------------------
+
+PICTURES = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(dict(
+        work={work!r},
+        model=dict(name="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=4),
+        data=dict(source=dict(kind="images", path={photos!r}), size=16, batch_size=16, min_area=0.5, validation_fraction=0.25, shards=4),
+        task=dict(name="classification"),
+        optimizer=dict(lr=3e-3, warmup_steps=5, weight_decay=0.01),
+        fit=dict(steps=80, log_every=1, eval_every=80),
+    ))
+"""
+
+
+def make_photos(folder: Path, each: int = 32) -> Path:
+    """Stripes with noise, of all widths and places, in two subfolders: "across" and "down". Sizes differ from file to file."""
+    image = pytest.importorskip("PIL.Image", reason="an extra")
+    rng = np.random.default_rng(0)
+    for i in range(2 * each):
+        height, width = rng.integers(20, 40, 2)
+        place = np.linspace(0, 1, height)[:, None] if i % 2 else np.linspace(0, 1, width)[None]
+        wave = np.sin(2 * np.pi * (place * rng.uniform(2, 4) + rng.random()))[..., None]
+        pixels = 128 + 80 * wave * np.sign(rng.normal(size=3)) + rng.normal(size=(height, width, 3)) * 10
+        path = folder / ("across", "down")[1 - i % 2] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def make_photo_recipe(folder: Path) -> Path:
+    """A recipe file of a small ViT with photos of its own and the work folder `folder`/work."""
+    path = folder / "photos.py"
+    path.write_text(PICTURES.format(work=str(folder / "work"), photos=str(make_photos(folder / "photos"))))
+    return path

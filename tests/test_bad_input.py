@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from running import arguments, completed, final, history, make_recipe, steps_on_disk
+from running import arguments, completed, final, history, make_photo_recipe, make_recipe, steps_on_disk
 
 from bigflax.main import main
 
@@ -83,6 +83,44 @@ def test_one_sentence(case, setting, capsys, monkeypatch):
     overrides, want = CASES[case]
     argv = arguments(setting, *(text.replace("{}", str(setting.parent)) for text in overrides), cache="")
     assert main(argv) == 2
+    assert re.search(want, one_sentence(capsys.readouterr().err))
+
+
+def one_class(folder):
+    shutil.rmtree(folder / "photos" / "down")
+
+
+def no_images(folder):
+    shutil.rmtree(folder / "photos")
+    (folder / "photos" / "cats").mkdir(parents=True)
+
+
+def corrupt(folder):
+    for path in (folder / "photos" / "down").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+
+
+PHOTOS = {  # what becomes of the folder of images -> as above
+    "no images": (no_images, [], "the folder '.*/photos' holds no .png or .* file"),
+    "one class": (one_class, [], "all images are of one class, 'across'"),
+    "corrupt files that stop": (corrupt, ["data.bad_records=stop"], r"bad record down/\d+.png: not a whole image: .*bad_records='skip'"),
+    "more corrupt files than allowed": (corrupt, ["data.max_bad=3"], "4 bad records, more than max_bad=3 allows; the first is down/"),
+    "another size than the model's": (None, ["model.image_size=32"], "model.image_size 32 is not data.size, 16; leave it out"),
+    "other channels than the model's": (None, ["model.num_channels=1"], "model.num_channels 1 is not the 3 channels of data.mean"),
+    "fewer labels than classes": (None, ["model.num_labels=1"], "model.num_labels 1 is smaller than the data's 2 classes"),
+    "a task of words": (None, ["task.name=causal_lm"], "a loss of tokens needs a model with a language-model head"),
+    "a sample": (None, ["sample.prompt=the"], "unknown key 'sample.prompt'"),
+    "yardsticks": (None, ["yardsticks=True"], "unknown key 'yardsticks'"),
+    "a view that cannot be": (None, ["data.flip=2.0"], "flip 2.0 is a chance"),
+}
+
+
+@pytest.mark.parametrize("change, overrides, want", PHOTOS.values(), ids=PHOTOS)
+def test_one_sentence_of_images(change, overrides, want, tmp_path, capsys):
+    recipe = make_photo_recipe(tmp_path)
+    if change is not None:
+        change(tmp_path)
+    assert main(arguments(recipe, *overrides, cache="")) == 2
     assert re.search(want, one_sentence(capsys.readouterr().err))
 
 

@@ -110,6 +110,16 @@ def test_the_quickstart_needs_no_data_for_its_plan():
     assert plans.estimated(config, topology.parse("v5e:2x2")).fits
 
 
+def test_a_recipe_of_images(tmp_path, capsys):
+    """Nothing of its folder is read, so the number of classes is to be said; the batch counts rows."""
+    code, out = said(capsys, "--config=vit:tiny", "--topology=v5e:2x2", "--fast", "--json", "--config.model.num_labels=10")
+    assert code == 0 and json.loads(out)["tokens"] == 64
+    assert main(["plan", "--config=vit:tiny", "--topology=v5e:2x2", "--fast"]) == 2
+    assert "the recipe must set 'model.num_labels': the data do not say it" in capsys.readouterr().err
+    code, out = said(capsys, "--config=vit:base", "--topology=v5e:2x4", "--fast", "--search")
+    assert code == 0 and "the best: " in out
+
+
 RECIPES = {  # of those that come with the package, what their slice is: all fit there
     "gpt2_124m": "v5e:2x4",
     "llama3:1b": "v5e:4x4",
@@ -117,6 +127,8 @@ RECIPES = {  # of those that come with the package, what their slice is: all fit
     "llama3:70b": "v5p:4x4x4",
     "qwen3_30b_a3b": "v5p:4x4x4",
     "bert_mlm:base": "v5e:2x2",
+    "vit:base": "v5e:2x4",
+    "vit:large": "v5e:4x4",
 }
 
 

@@ -43,12 +43,26 @@ OVERRIDES = {
     "products in 8 bits": ("task.matmul=int8", "task.matmul", "int8"),
     "products in 8 bits, by rules": ('task.matmul=[("blocks/.*", "fp8")]', "task.matmul", [["blocks/.*", "fp8"]]),
     "another family": ("model.name=llama", "model.hidden_size", 64),
+    "what follows from the data": ("model.vocab_size=None", "model.vocab_size", None),
 }
 
 
 @pytest.mark.parametrize("text, key, want", OVERRIDES.values(), ids=OVERRIDES)
 def test_overrides(text, key, want):
     assert recipes.flat(recipes.resolve(small(), [text]))[key] == want
+
+
+PHOTOS = dict(model=dict(name="vit", size="tiny"), data=dict(source=dict(kind="images", path="p"), size=16, batch_size=4),
+              task=dict(name="classification"), optimizer=dict(lr=1e-3), fit=dict(steps=10))  # fmt: skip
+
+
+def test_the_model_decides_about_the_data():
+    """By what it takes: a recipe of images has no words, and what its model has of the data is left to them, whatever its size says."""
+    images, text = recipes.resolve(ConfigDict(PHOTOS)), recipes.resolve(small())
+    assert images.data.min_area == 0.08 and images.model.image_size is None and images.model.hidden_size == 64
+    assert {*text} - {*images} == {"tokenizer", "sample", "yardsticks"} and {*images} < {*text}
+    assert {*text.data} & {*images.data} >= {"source", "split_by", "validation_fraction", "bad_records", "workers"}
+    assert "max_line" in text.data and not {"max_line", "field", "length", "classes"} & {*images.data}
 
 
 MISTAKES = {
@@ -67,6 +81,13 @@ MISTAKES = {
     "a family": (small(model=dict(name="gtp2")), [], "unknown model family 'gtp2'; .*'gpt2'"),
     "a size": (small(model=dict(name="gpt2", size="125m")), [], "no size '125m'; .*'124m'"),
     "a task": (small(task=dict(name="casual_lm")), [], "unknown task 'casual_lm'; .*'causal_lm'"),
+    "a tokenizer of images": (ConfigDict(PHOTOS | dict(tokenizer=dict(kind="bytes"))), [], "unknown key 'tokenizer' in the recipe"),
+    "images without a size": (ConfigDict(PHOTOS | dict(data=dict(batch_size=4, source={}))), [], "must set 'data.size'"),
+    "a model of what there is not": (
+        small(model=dict(name="whisper")),
+        [],
+        "whisper takes input_features, decoder_input_ids, which no data",
+    ),
 }
 
 

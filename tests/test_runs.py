@@ -1,10 +1,16 @@
 """What a recipe is put together to."""
 
+import json
+import os
+import signal
+
 import numpy as np
 from etils.epath import backend
 from ml_collections import ConfigDict
+from running import arguments, final, history, make_photo_recipe, steps_on_disk
 
-from bigflax import data, recipes, runs
+from bigflax import data, recipes, runs, writers
+from bigflax.main import main
 from bigflax.writers import open_writers
 
 
@@ -38,11 +44,46 @@ def test_a_work_folder_in_a_bucket(tmp_path, monkeypatch):
     config = recipes.resolve(ConfigDict(recipe))
     assert runs.summarized(config.work) is None
     trained = runs.Run(config).tokenizer
-    writers = open_writers(config.work, tensorboard=False)  # its event files go through google-cloud-storage, of the extra gcs
-    writers.write(5, {"loss": 2.5})
-    writers.close()
+    opened = open_writers(config.work, tensorboard=False)  # its event files go through google-cloud-storage, of the extra gcs
+    opened.write(5, {"loss": 2.5})
+    opened.close()
     runs.summarize(runs.Run(config), 5, "to be", 1.0, print)
     assert runs.summarized(config.work) == 5
     assert (tmp_path / "gs:/bucket/run/loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(data, "train_bpe", None)
     np.testing.assert_array_equal(runs.Run(config).tokenizer.encode("to be"), trained.encode("to be"))
+
+
+def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, monkeypatch, capsys):
+    """From a folder to a model that tells its classes apart; SIGTERM in the middle changes no bit, and what cannot be read is named."""
+    recipe, whole = make_photo_recipe(tmp_path), tmp_path / "whole"
+    broken = tmp_path / "photos" / "down" / "z.png"
+    broken.write_bytes(next((tmp_path / "photos" / "down").glob("*.png")).read_bytes()[:100])
+    assert main(arguments(recipe, f"work={whole}", cache=cache)) == 0
+    out, summary = capsys.readouterr().out, json.loads((whole / "summary.json").read_text())
+    assert "vit: 19.4K parameters" in out and "2 classes; batch 16 images of 16 x 16" in out and "held-out accuracy" in out
+    assert summary["eval/accuracy"] > 0.95 and summary["sample"] is None
+    assert json.loads((whole / "quarantine.jsonl").read_text())["name"] == "down/z.png"
+    assert (whole / "loss.png").exists() and not (whole / "tokenizer").exists()
+
+    write = lambda self, at, values: os.kill(os.getpid(), signal.SIGTERM) if at == 33 else None
+    monkeypatch.setattr(writers.TensorBoard, "write", write)
+    assert main(arguments(recipe, cache=cache)) == 75
+    assert steps_on_disk(tmp_path / "work")[-1] == 33
+    assert main(arguments(recipe, cache=cache)) == 0
+    assert "resumed from step 33" in capsys.readouterr().out
+    assert (history(tmp_path / "work"), final(tmp_path / "work")) == (history(whole), final(whole))
+
+    assert main(["generate", f"--work={whole}", "--prompt=a", "--cache="]) == 2
+    assert "holds a model of images, not of text" in capsys.readouterr().err
+
+
+def test_batch_norm_moves_with_a_recipe(tmp_path, cache, one_device):
+    """Running statistics reach the state: without them a held-out image would be normalized by what the network began with."""
+    recipe = make_photo_recipe(tmp_path)
+    text = recipe.read_text()
+    recipe.write_text(
+        text[: text.index("        model=")] + '        model=dict(name="cnn", size="tiny"),\n' + text[text.index("        data=") :]
+    )
+    assert main(arguments(recipe, "fit.steps=40", "fit.eval_every=40", cache=cache)) == 0
+    assert json.loads((tmp_path / "work" / "summary.json").read_text())["eval/accuracy"] > 0.95

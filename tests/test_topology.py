@@ -55,9 +55,7 @@ def test_neighbours_on_inner_axes_are_neighbours_on_the_grid():
     mesh = sharding.make_mesh(devices=topology.parse("v5p:4x4x4", 2).stand_ins(), slice=2, fsdp=16, tensor=4)
     assert {device.slice_index for device in mesh.devices[1].flat} == {1}
     for row in mesh.devices.reshape(-1, 4):
-        steps = [
-            sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) for one, other in itertools.pairwise(row)
-        ]
+        steps = [sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) for one, other in itertools.pairwise(row)]
         assert max(steps) == 1
 
 

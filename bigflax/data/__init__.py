@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bigflax.data.images import count_classes, image_batches, image_shapes
+    from bigflax.data.kinds import KINDS, Kind
     from bigflax.data.loader import Loader, virtual_shards
     from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
     from bigflax.data.pixels import NORMALIZED, channels_first
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
+    "images": ("count_classes", "image_batches", "image_shapes"),
+    "kinds": ("KINDS", "Kind"),
     "loader": ("Loader", "virtual_shards"),
     "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
     "pixels": ("NORMALIZED", "channels_first"),
@@ -24,9 +28,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "NORMALIZED", "SOURCES", "BadRecord", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text", "Tokenizer",
-    "byte_tokenizer", "channels_first", "in_split", "load_tokenizer", "open_source", "record_batches", "sample_texts",
-    "text_batches", "text_shapes", "train_bpe", "virtual_shards",
+    "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
+    "Tokenizer", "byte_tokenizer", "channels_first", "count_classes", "image_batches", "image_shapes", "in_split", "load_tokenizer",
+    "open_source", "record_batches", "sample_texts", "text_batches", "text_shapes", "train_bpe", "virtual_shards",
 ]  # fmt: skip
 
 

@@ -282,7 +282,7 @@ def text_batches(
     stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "tokenizer": tokenizer.fingerprint}
     identity = {**stream, "length": length, "objective": objective, "seed": seed, **options}
     # the packers of all shards work at the same step, once every `bins` steps: as many batches ahead even that out
-    return _loader(make, batch_size, mesh, quality, repeat, identity, {"prefetch": bins if objective == "causal" else 2, **loader})
+    return make_loader(make, batch_size, mesh, quality, repeat, identity, {"prefetch": bins if objective == "causal" else 2, **loader})
 
 
 def text_shapes(
@@ -316,9 +316,10 @@ def record_batches(
     records = Records(source, quality, split, validation_fraction, split_by)
     make = Mapped(records, transform, seed, repeat, shuffle, read_threads)
     identity = {"data": records.fingerprint(), "seed": seed, "repeat": repeat, "shuffle": shuffle}
-    return _loader(make, batch_size, mesh, quality, repeat, identity, loader)
+    return make_loader(make, batch_size, mesh, quality, repeat, identity, loader)
 
 
-def _loader(make, batch_size, mesh, quality, repeat, identity, options) -> Loader:
+def make_loader(make: MakeShard, batch_size: int, mesh, quality, repeat: bool | int, identity: dict[str, Any], options) -> Loader:
+    """A loader of this stream; a finite one is one virtual shard unless `options` say otherwise."""
     options = {"shards": None if repeat is True else 1, **options}
     return Loader(make, batch_size=batch_size, mesh=mesh, quality=quality, finite=repeat is not True, identity=identity, **options)

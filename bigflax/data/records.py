@@ -238,6 +238,15 @@ def tfds(*, name: str, split: str = "train", data_dir: str | None = None) -> Tfd
     return Tfds(name, split, data_dir)
 
 
+def decoded(file, mode: str) -> Any:
+    """The PIL image of an open file, "RGB" or "L". Raises ValueError where the file is no whole image, or one too large to be meant."""
+    library = extra("PIL.Image", "images")
+    try:
+        return library.open(file).convert(mode)
+    except (OSError, ValueError, SyntaxError, library.DecompressionBombError) as error:
+        raise ValueError(f"not a whole image: {error}") from error
+
+
 class Images:
     """{"image": uint8[height, width, 3 or 1], "labels": int32} of a folder with one subfolder a class; `classes` lists their names in label
     order.
@@ -255,9 +264,9 @@ class Images:
         library = extra("PIL.Image", "images")
         try:
             with path.open("rb") as file:
-                picture = library.open(file).convert(self._mode)
-        except (OSError, ValueError, SyntaxError) as error:
-            return {"fault": f"not a whole image: {error}"}
+                picture = decoded(file, self._mode)
+        except (OSError, ValueError) as error:
+            return {"fault": str(error)}
         if self._size is not None:
             picture = picture.resize(self._size[::-1], library.Resampling.BILINEAR)
         pixels = np.asarray(picture, np.uint8)

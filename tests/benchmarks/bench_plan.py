@@ -17,7 +17,12 @@ GIB = 2**30
 JOBS = {  # recipe and flags, topology, seconds wanted, MaxText's temporaries in GiB
     "gpt2-124m": (["gpt2_124m", "--config.data.batch_size=64"], "v5e:2x2", 60, None),
     "llama3-8b": (["llama3:8b"], "v5e:4x4", 75, 6.14),
-    "llama3-8b-tensor": (["llama3:8b", "--config.mesh.fsdp=4", "--config.mesh.tensor=4", "--config.data.batch_size=4"], "v5e:4x4", None, 4.15),
+    "llama3-8b-tensor": (
+        ["llama3:8b", "--config.mesh.fsdp=4", "--config.mesh.tensor=4", "--config.data.batch_size=4"],
+        "v5e:4x4",
+        None,
+        4.15,
+    ),
     "llama3-70b": (["llama3:70b"], "v5p:4x4x4", 90, 23.15),
     "qwen3-30b-a3b": (["qwen3_30b_a3b"], "v5p:4x4x4", None, None),
 }
