@@ -22,6 +22,7 @@ def get_config():
             task=dict(name="causal_lm", z_loss=1e-4),
             optimizer=dict(name="adamw", lr=6e-4, warmup_steps=700, weight_decay=0.1, b2=0.95),
             mesh=dict(data=-1),
+            step=dict(accumulate=4),
             fit=dict(steps=19_073, log_every=20, eval_every=500, save_minutes=15.0),
             sample=dict(prompt="The tides are caused by", max_new_tokens=64, temperature=0.8, top_p=0.95),
         )

@@ -5,7 +5,7 @@ Weights, optimizer state and batch are exact: their shapes divided as they lie. 
     kept        what the forward pass leaves for the backward one, read off `jax.vjp` of the loss for the rows of one device
     gradients   float32, laid out as their weights
     working     the activations of the layer that the backward pass is in, and twice the largest array of all (a chunk of logits)
-    gathered    the weights of two layers, and the largest single one, whole over the axes that the batch lies on
+    gathered    the weights of two layers, whole over the axes that the batch lies on; XLA casts all layers' before the first, as they lie
 
 Collectives are what the layout promises: over the batch's axes each weight gathered once a pass, and its gradient scattered where it is sharded,
 reduced where it is not; over `tensor` the activations of a layer reduced twice a pass; over `context` keys and values gathered.
@@ -62,6 +62,7 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
     with tracing_on(make_mesh(devices=place.stand_ins()[:1], data=1)):
         closed, (residuals, _) = jax.make_jaxpr(both, return_shape=True)(params, one)
     given = {tuple(w.shape) for w in jax.tree.leaves(params)}  # a cast weight is kept too, but as it lies
+    sizes = {math.prod(shape) for shape in given}  # nor is a weight's gradient, in whatever pieces, ever whole
     kept = [x for x in jax.tree.leaves(residuals) if tuple(x.shape) not in given]
     scans = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "scan"]
     longest = max(scans, key=lambda eqn: count_jaxpr(eqn.params["jaxpr"]) * eqn.params["length"], default=None)
@@ -76,7 +77,7 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
     return Trace(
         model=train.model_flops(loss_fn, weights, one), executed=count_jaxpr(closed), kept=whole, kept_split=sum(map(_bytes, kept)) - whole,
         working_split=sum(_bytes(v.aval) for eqn in _equations(body) if eqn.primitive.name in PRODUCTS for v in eqn.outvars),
-        largest=max((_bytes(v.aval) for eqn in _equations(closed.jaxpr) for v in eqn.outvars if tuple(v.aval.shape) not in given), default=0),
+        largest=max((_bytes(v.aval) for eqn in _equations(closed.jaxpr) for v in eqn.outvars if math.prod(v.aval.shape) not in sizes), default=0),
         width=0 if carried is None else _bytes(carried), layers=layers,
     )  # fmt: skip
 
@@ -111,7 +112,7 @@ def estimate(
         "kept": rows * (traced.kept + traced.kept_split / many) / sizes["stage"] * (sizes["stage"] if sizes["stage"] > 1 else 1),
         "gradients": shard_bytes(state.params) * (2 if accumulate > 1 else 1),
         "working": 2 * rows * traced.working_split / many + 2 * min(rows, 1) * traced.largest / many,
-        "gathered": gathered,
+        "gathered": gathered + (shard_bytes(state.params) * dtype_bytes / 4 if dtype_bytes < 4 else 0),
     }
     memory = {"weights": weights, "optimizer": optimizer, "batch": shard_bytes(batch), "temporaries": sum(temporaries.values()), "code": 0}
     program, peak = traced.executed * rows_all, roofline.peak(place)
