@@ -101,7 +101,7 @@ for sizes in json.loads(sys.argv[1]):
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed (pip install bigflax[plan])"
 )
 def test_a_tpu_runs_the_kernel_and_sends_keys_and_halves_alone():
-    """Each of 4 devices: k and v gathered once, their gradients scattered once, and the halves of q, of the output, of its gradient and of dq."""
+    """On 4 devices: k and v are gathered once a pass and their gradients scattered once; of a device's rows, two halves travel each time."""
     meshes = [dict(tensor=4), dict(context=4)]
     env = os.environ | dict(
         TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
@@ -114,4 +114,6 @@ def test_a_tpu_runs_the_kernel_and_sends_keys_and_halves_alone():
     assert heads["temporaries"] < 4 * 4096 * 4096 * 2 / 16  # a device's heads, T x T in bfloat16: nothing of that size is held
     assert sequence["temporaries"] < 16 * 1024 * 4096 * 2 / 16
     assert heads["sent"] == []
-    print(sequence)
+    # Two halves each: of q and the output forward, of q again, as only the output is saved, of the gradients of the output and of q.
+    halves = ["collective-permute 1,512,16,128"] * 2 * 5
+    assert sequence["sent"] == ["all-gather 1,4096,4,128"] * 2 * 2 + halves + ["reduce-scatter 1,1024,4,128"] * 2
