@@ -193,18 +193,20 @@ def stack(
         if plan is not None:
             return _pipeline(block, plan, x, policy, tied, shared)
 
-    def body(block, x, each):
-        return block(checkpoint_name(x, "layer"), each, **shared)
+    def body(block, x, number_each):
+        number, each = number_each
+        with ops.casting(number):
+            return block(checkpoint_name(x, "layer"), each, **shared)
 
     if policy is not None:
         body = nn.remat(body, prevent_cse=layers is None, policy=policy)
     if layers is None:
-        return body(block, x, each)
+        return body(block, x, (None, each))
     scan = nn.scan(
         body, variable_axes={} if tied else {"params": 0}, variable_broadcast="params" if tied else False,
         split_rngs={"params": not tied, "dropout": True}, length=layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"},
     )  # fmt: skip
-    return scan(block, x, each)
+    return scan(block, x, (jnp.arange(layers), each))
 
 
 def _pipeline(
@@ -364,7 +366,6 @@ class Attention(nn.Module):
             q_BTNH, k_BSKH, v_BSKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
             scale=self.scale, softcap=self.softcap, bias=bias, **places,
         )  # fmt: skip
-        y_BTNH = checkpoint_name(y_BTNH, "attention")
         y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
         y_BTD = checkpoint_name(y_BTD, "product")
         if self.bias if self.out_bias is None else self.out_bias:

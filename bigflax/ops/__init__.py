@@ -2,13 +2,13 @@
 
 from bigflax.ops.attention import attention
 from bigflax.ops.cross_entropy import linear_cross_entropy
-from bigflax.ops.matmul import einsum, take
+from bigflax.ops.matmul import casting, einsum, take
 from bigflax.ops.mel import log_mel
 from bigflax.ops.moe import dropped_share, load_balance, mixture, route, router_sums
 from bigflax.ops.norms import layer_norm, rms_norm
 from bigflax.ops.rope import rope, rope_frequencies
 
 __all__ = [
-    "attention", "dropped_share", "einsum", "layer_norm", "linear_cross_entropy", "load_balance", "log_mel", "mixture", "rms_norm", "rope",
+    "attention", "casting", "dropped_share", "einsum", "layer_norm", "linear_cross_entropy", "load_balance", "log_mel", "mixture", "rms_norm", "rope",
     "rope_frequencies", "route", "router_sums", "take",
 ]  # fmt: skip

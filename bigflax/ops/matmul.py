@@ -17,6 +17,8 @@ Sources: Micikevicius et al. 2022 (FP8 formats, arXiv 2209.05433); AQT, github.c
 Left out on purpose: stochastic rounding of gradients, and scales remembered from earlier steps (they would be state).
 """
 
+import contextlib
+import contextvars
 import functools
 import string
 
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import qwix
 from jax.sharding import NamedSharding
 
-from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, spec
+from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, platform, spec
 from bigflax.weights import KINDS, LoRA, Quantized, Rounded, Weight, dense
 
 
@@ -43,7 +45,31 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
         return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
     if isinstance(w, Rounded):
         return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
-    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision)
+    return jnp.einsum(spec, x, _cast(w, x.dtype), precision=precision)
+
+
+_layer: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("bigflax_layer", default=None)
+
+
+@contextlib.contextmanager
+def casting(layer: jax.Array | None):
+    """While a layer is traced inside, its weights are cast in it: `layer` is its number in a loop over layers, not known while tracing.
+
+    A cast alone does not depend on the loop: the TPU's compiler would cast the weights of all layers before the first and keep them, 0.9 GiB a chip for
+    Llama 3 8B on 16. It looks through `optimization_barrier` (libtpu 0.0.42); times a one that it cannot see to be one, each is cast in its turn.
+    """
+    token = _layer.set(layer)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def _cast(w: jax.Array, dtype) -> jax.Array:
+    layer = _layer.get()
+    if layer is None or w.dtype == dtype or platform() != "tpu":
+        return w.astype(dtype)
+    return (w * (1 + 0 * layer.astype(w.dtype))).astype(dtype)
 
 
 def narrow_einsum(spec: str, x: jax.Array, y: jax.Array, x_type: str, y_type: str) -> jax.Array:

@@ -12,8 +12,8 @@ Both become a `Plan` (report.py), whose time is the roofline's (roofline.py).
 Left out on purpose: simulation of the schedule (what overlaps in truth), and the host's side of a run (input, checkpoints).
 """
 
-from bigflax.planner.compiled import plan
 from bigflax.planner.analytic import Trace, estimate, trace
+from bigflax.planner.compiled import plan
 from bigflax.planner.report import GIB, Plan, Traffic
 from bigflax.planner.search import Choice, ranked, table, tried
 
