@@ -19,7 +19,7 @@ axis, it carries their width like one more axis of FSDP, and no token travels; w
 Nothing dropped means room for the worst case, n M min(C, E / n) rows of D, and F, on a device, though only those that came are multiplied; with a
 `capacity_factor` for factor C M, which `capacity` always has. Then what is dropped is counted: nobody loses rows without seeing it. One layer of
 128 experts, 8 chosen, D 2048, F 768, over eight v5p of 4096 tokens each, bfloat16, all recomputed on the way back, temporaries of the TPU's compiler:
-ragged 4.3 GiB, exchange 5.2, capacity of 1.25 0.92 and of 2 1.3.
+ragged 4.3 GiB, exchange 5.2 and with a factor of 2 1.2, capacity of 1.25 0.92 and of 2 1.3.
 
 The load-balance loss of Switch Transformers (Fedus et al. 2021, arXiv 2101.03961, equations 4-6), over all layers at once as transformers has it:
 E sum_e (choices of e / tokens) (mean p_e). It is C where all experts are chosen alike, and grows to E C where C experts take all. Capacity is theirs
