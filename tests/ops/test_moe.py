@@ -340,12 +340,12 @@ def trained(family, way, mesh):
 
 
 ALL = "expert=2 fsdp=2 tensor=2"
-QUICK = ("mixtral", ALL, "exchange")
 LAWS = [("mixtral", mesh, way) for mesh in SIZES for way in WAYS]
 LAWS += [(family, ALL, way) for family in ("qwen2_moe", "qwen3_moe") for way in WAYS[1:]]
 
 
-@pytest.mark.parametrize("family, mesh, way", [pytest.param(*law, marks=[] if law == QUICK else pytest.mark.slow) for law in LAWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("family, mesh, way", LAWS)
 def test_every_way_on_every_mesh_teaches_what_one_device_does(family, mesh, way):
     grads, loss, metrics = trained(family, way, tuple(SIZES[mesh].items()))
     want_grads, want, want_metrics = trained(family, "reference", None)
