@@ -19,7 +19,7 @@ axis, it carries their width like one more axis of FSDP, and no token travels; w
 Nothing dropped means room for the worst case, n M min(C, E / n) rows of D, and F, on a device, though only those that came are multiplied; with a
 `capacity_factor` for factor C M, which `capacity` always has. Then what is dropped is counted: nobody loses rows without seeing it. One layer of
 128 experts, 8 chosen, D 2048, F 768, over eight v5p of 4096 tokens each, bfloat16, all recomputed on the way back, temporaries of the TPU's compiler:
-ragged 4.3 GiB, exchange 5.2, capacity of 1.25 0.92 and of 2 1.3.
+ragged 4.3 GiB, exchange 5.2 and with a factor of 2 1.2, capacity of 1.25 0.92 and of 2 1.3.
 
 The load-balance loss of Switch Transformers (Fedus et al. 2021, arXiv 2101.03961, equations 4-6), over all layers at once as transformers has it:
 E sum_e (choices of e / tokens) (mean p_e). It is C where all experts are chosen alike, and grows to E C where C experts take all. Capacity is theirs
@@ -308,9 +308,10 @@ def _exchange(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
     out = (start_nE[me], sent_nE[me], there_nE[me], here(sent_nE).reshape(-1))
     back = (here(there_nE).reshape(-1), here(sent_nE).reshape(-1), here(start_nE).reshape(-1), sent_nE[me])
     place_CM = place_R.reshape(C, M)
-    x_SD = _carry(_spread(x_MD, order_R, place_CM), out, back, (S, group.axes))
+    move = _ragged_all_to_all if platform() == "cpu" else jax.lax.ragged_all_to_all
+    x_SD = _carry((move, group.axes, S, C * M), _spread(x_MD, order_R, place_CM), out, back)
     y_SD = expert(x_SD, params, functools.partial(_grouped, jnp.sum(here(sent_nE), 0)))
-    y_CMD = _collect(_carry(y_SD, back, out, (C * M, group.axes)), order_R, place_CM)
+    y_CMD = _collect(_carry((move, group.axes, C * M, S), y_SD, back, out), order_R, place_CM)
     return jnp.einsum("cmd,cm->md", y_CMD, gates_CM), jnp.sum(sizes_nE[me] - sent_nE[me])
 
 
@@ -357,45 +358,46 @@ def _grouped(sizes_E: jax.Array, x_SD: jax.Array, w: Weight) -> jax.Array:
     return jnp.where(ours_S1, jax.lax.ragged_dot(jnp.where(ours_S1, x_SD, 0), w, sizes_E), 0)
 
 
-@jax.custom_vjp
-def _gmm(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+# Backward rules are traced when the gradient is, perhaps outside of the layout: what it decides is decided on the way forward.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gmm(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
     """The grouped product as a Pallas kernel that visits only tiles with rows: the weight gradient of `lax.ragged_dot` is dense on a TPU."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # half a second
 
-    return gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=platform() != "tpu")
+    return gmm(x_SD, w_EDF, sizes_E, x_SD.dtype, _tiles, interpret=interpret)
 
 
-def _gmm_back(saved, g_SF):
+def _gmm_back(interpret, saved, g_SF):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     x_SD, w_EDF, sizes_E = saved
-    interpret = platform() != "tpu"
     dx_SD = gmm(g_SF, w_EDF, sizes_E, x_SD.dtype, _tiles, transpose_rhs=True, interpret=interpret)
     return dx_SD, tgmm(x_SD.T, g_SF, sizes_E, w_EDF.dtype, _tiles, interpret=interpret), None
 
 
-_gmm.defvjp(lambda *given: (_gmm(*given), given), _gmm_back)
+_gmm.defvjp(lambda x, w, sizes, interpret: (_gmm(x, w, sizes, interpret), (x, w, sizes)), _gmm_back)
 
 
 def _tiles(S: int, D: int, F: int) -> tuple[int, int, int]:
     return min(S, TILE), min(D, 1024), min(F, 1024)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _carry(x_RD: jax.Array, out: tuple, back: tuple, where: tuple) -> jax.Array:
-    """`lax.ragged_all_to_all` of rows into `where[0]` places along the axes `where[1]`; `out` are its offsets and sizes, `back` those of the way back."""
-    places, axes = where
-    empty = jnp.zeros((places, x_RD.shape[1]), x_RD.dtype)
-    move = jax.lax.ragged_all_to_all if platform() != "cpu" else _ragged_all_to_all
-    return move(x_RD, empty, *out, axis_name=axes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _carry(how: tuple, x_RD: jax.Array, out: tuple, back: tuple) -> jax.Array:
+    """`move`, a `lax.ragged_all_to_all`, of rows into S places along `axes`, where `how` is (move, axes, S, R). `out` are its offsets and sizes,
+    `back` those of the way back."""
+    move, axes, S, _ = how
+    return move(x_RD, jnp.zeros((S, x_RD.shape[1]), x_RD.dtype), *out, axis_name=axes)
 
 
-def _carry_back(where, saved, g_SD):
-    out, back, rows = saved
-    return _carry(g_SD, back, out, (rows, where[1])), None, None
+def _carry_back(how, saved, g_SD):
+    move, axes, S, R = how
+    return _carry((move, axes, R, S), g_SD, *saved[::-1]), None, None
 
 
-_carry.defvjp(lambda x, out, back, where: (_carry(x, out, back, where), (out, back, x.shape[0])), _carry_back)
+_carry.defvjp(lambda how, x_RD, *ways: (_carry(how, x_RD, *ways), ways), _carry_back)
 
 
 def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

@@ -277,7 +277,9 @@ def test_the_tpu_kernel_is_ragged_dot(sizes):
     ours = (np.arange(48) < int(sizes.sum()))[:, None]
     loss = lambda product: lambda x, w: jnp.sum(jnp.where(ours, product(x, w, sizes) * toward, 0))
     want = jax.jit(jax.value_and_grad(loss(jax.lax.ragged_dot), (0, 1)))(jnp.where(ours, x, 0), w)
-    value, (dx, dw) = jax.jit(jax.value_and_grad(loss(ops.moe._gmm), (0, 1)))(jnp.where(ours, x, jnp.nan), w)
+    value, (dx, dw) = jax.jit(jax.value_and_grad(loss(functools.partial(ops.moe._gmm, interpret=True)), (0, 1)))(
+        jnp.where(ours, x, jnp.nan), w
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), (value, jnp.where(ours, dx, 0), dw), (want[0], *want[1]))
 
 
@@ -338,12 +340,12 @@ def trained(family, way, mesh):
 
 
 ALL = "expert=2 fsdp=2 tensor=2"
-QUICK = ("mixtral", ALL, "exchange")
 LAWS = [("mixtral", mesh, way) for mesh in SIZES for way in WAYS]
 LAWS += [(family, ALL, way) for family in ("qwen2_moe", "qwen3_moe") for way in WAYS[1:]]
 
 
-@pytest.mark.parametrize("family, mesh, way", [pytest.param(*law, marks=[] if law == QUICK else pytest.mark.slow) for law in LAWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("family, mesh, way", LAWS)
 def test_every_way_on_every_mesh_teaches_what_one_device_does(family, mesh, way):
     grads, loss, metrics = trained(family, way, tuple(SIZES[mesh].items()))
     want_grads, want, want_metrics = trained(family, "reference", None)
@@ -391,8 +393,7 @@ def test_on_a_tpu_rows_travel_in_their_group_once_a_direction_and_pass(way, kind
     numbers = lambda line: math.prod(map(int, re.search(r"\[([\d,]+)\]", line).group(1).split(",")))
     moved = of(kind)
     assert len(moved) == 4 and all("{{0,1,2,3},{4,5,6,7}}" in line for line in moved), moved
-    # what is sent: half of the ragged ones show how much room there is for it, four times as much
-    assert sorted(map(numbers, moved)) == [SENT, SENT, *([4 * SENT] * 2 if way == "exchange" else [SENT] * 2)]
+    assert [*map(numbers, moved)] == [SENT] * 4  # with a capacity of 1 there is room for as many
     assert len([line for line in of("reduce-scatter") if "shard_map" in line]) == 3
     kernels = [line for line in lines if "tpu_custom_call" in line and "gmm" in line]
     assert len(kernels) == (9 if way == "exchange" else 0), kernels  # three products, and of each the gradients by rows and by weights
