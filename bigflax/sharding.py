@@ -8,8 +8,8 @@ TABLE says which mesh axis carries which name. The meshes' axes, outermost first
     expert    experts of a mixture                                             context  pieces of a sequence
     tensor    heads, mlp columns and vocabulary within a layer
 
-Outside of a mixture's layers `expert` is one more axis of data, and of fsdp: otherwise all the rest would be computed over and over on it.
-
+Outside of a mixture's layers `expert`, and outside of a pipeline (pipeline.py) `stage`, is one more axis of data, and of fsdp: else its devices
+would all compute the same.
 An axis of size 1 costs nothing. The mesh is always of Auto axes and always passed explicitly; nothing here depends on an ambient mesh.
 Left out on purpose: sharding by weight name. Names of axes say the same with a tenth of the rules.
 """
