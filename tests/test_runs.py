@@ -6,6 +6,7 @@ import signal
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from running import arguments, final, history, make_photo_recipe, steps_on_disk
 
@@ -28,6 +29,7 @@ def test_held_out_rows_are_full(tmp_path):
     assert filled[:-1].min() > 0.8  # first fit; the last batch takes what is left
 
 
+@pytest.mark.slow
 def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, monkeypatch, capsys):
     """From a folder to a model that tells its classes apart; SIGTERM in the middle changes no bit, and what cannot be read is named."""
     recipe, whole = make_photo_recipe(tmp_path), tmp_path / "whole"
