@@ -66,6 +66,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if task not in tasks.TASKS:
         raise ValueError(f"unknown task {task!r}; {trees.did_you_mean(task, tasks.TASKS, 'the tasks are')}")
     fields = _keywords(family.build)
+    follows = {name: None for name in kind.follows if name in fields}  # None: what the data say
     words, prompt = {}, {}
     if kind.tokenized:
         words = {"tokenizer": {"kind": "bpe", "path": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
@@ -73,13 +74,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "seed": 0,
         "work": "",
-        "model": {
-            "name": "",
-            "size": None,
-            **fields,
-            **(family.SIZES[size] if size else {}),
-            **{k: None for k in kind.follows if k in fields},
-        },
+        "model": {"name": "", "size": None, **fields, **(family.SIZES[size] if size else {}), **follows},
         **words,
         "data": {
             **_keywords(kind.batches, *kind.given, "split", "seed", "repeat", "mesh", "quality", "loader"),

@@ -177,15 +177,15 @@ def get_config():
     return ConfigDict(dict(
         work={work!r},
         model=dict(name="vit", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=4),
-        data=dict(source=dict(kind="images", path={photos!r}), size=16, batch_size=16, min_area=0.5, validation_fraction=0.25, shards=4),
+        data=dict(source=dict(kind="images", path={photos!r}), size=16, batch_size=16, min_area=0.7, validation_fraction=0.25, shards=4),
         task=dict(name="classification"),
         optimizer=dict(lr=3e-3, warmup_steps=5, weight_decay=0.01),
-        fit=dict(steps=80, log_every=1, eval_every=80),
+        fit=dict(steps=120, log_every=1, eval_every=120),
     ))
 """
 
 
-def make_photos(folder: Path, each: int = 32) -> Path:
+def make_photos(folder: Path, each: int = 60) -> Path:
     """Stripes with noise, of all widths and places, in two subfolders: "across" and "down". Sizes differ from file to file."""
     image = pytest.importorskip("PIL.Image", reason="an extra")
     rng = np.random.default_rng(0)
