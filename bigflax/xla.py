@@ -36,8 +36,15 @@ GPU = (
     ),
     Flag("xla_gpu_enable_while_loop_double_buffering", True, "two layers an iteration: overlap beyond the loop's barrier, fewer copies"),
 )
+ALL_TO_ALL = Flag("xla_tpu_enable_async_all_to_all", True, "tokens travel to their experts while others are multiplied; off by default")
+SLICES = (
+    Flag(
+        "xla_tpu_enable_data_parallel_all_reduce_opt", True, "sums of gradients over the data-centre network overlap with the backward pass"
+    ),
+    Flag("xla_tpu_data_parallel_opt_different_sized_ops", True, "the same for stacked layers whose gradients differ in size"),
+)
 FLAGS: dict[str, dict[str, tuple[Flag, ...]]] = {  # platform -> kind of work -> flags
-    "tpu": {"dense": (), "moe": (), "slices": ()},  # its compiler has the latency-hiding scheduler on by itself
+    "tpu": {"dense": (), "moe": (ALL_TO_ALL,), "slices": (*SLICES, ALL_TO_ALL)},
     "gpu": {"dense": GPU, "moe": GPU, "slices": GPU},
 }  # a CPU has none
 
