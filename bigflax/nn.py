@@ -215,6 +215,7 @@ def _pipeline(
     free = block.clone(parent=None)
 
     def layer(weights, x, shared, key):
+        x = checkpoint_name(x, "layer")
         return free.apply({"params": weights}, x, None, rngs=None if key is None else {"dropout": key}, **shared)
 
     key = block.make_rng("dropout") if block.has_rng("dropout") else None

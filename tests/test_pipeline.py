@@ -161,6 +161,8 @@ MODELS = {  # family, config, mesh, options of the step
     "gpt2": ("gpt2", dict(n_layer=4, embd_pdrop=0.0, resid_pdrop=0.0), dict(stage=2, data=2, tensor=2), dict(micro_batches=4)),
     "bert": ("bert", FOUR | dict(hidden_dropout_prob=0.0), dict(stage=2, slice=2, fsdp=2), dict(repeats=2)),
     "mixtral": ("mixtral", FOUR, dict(stage=2, data=2, fsdp=2), dict(micro_batches=4)),
+    "llama, a sequence over devices too": ("llama", FOUR, dict(stage=2, context=2, fsdp=2), dict(packed=True, micro_batches=4)),
+    "mixtral, experts apart too": ("mixtral", FOUR | dict(dispatch="capacity", capacity_factor=8.0), dict(stage=2, expert=2, fsdp=2), dict(micro_batches=4)),
     "albert, whose layers are one": ("albert", FOUR | dict(hidden_dropout_prob=0.0), dict(stage=2, fsdp=4), {}),
     "t5, an encoder and a decoder": ("t5", dict(num_layers=2, num_decoder_layers=4, dropout_rate=0.0), dict(stage=2, fsdp=2), dict(micro_batches=4)),
     "gemma3, a group that does not divide": ("gemma3_text", GEMMA | dict(num_hidden_layers=5, layer_types=GEMMA["layer_types"][:5]), dict(stage=2, fsdp=2), {}),
@@ -208,21 +210,23 @@ def test_dropout_keeps_its_share_and_follows_the_seed():
 
 
 BAD = {
-    "nothing divides": (dict(num_hidden_layers=3), {}, "the mesh has stage=2, but nothing here runs as a pipeline"),
+    "nothing divides": ("llama", dict(num_hidden_layers=3), {}, "the mesh has stage=2, but nothing here runs as a pipeline"),
     "too few micro-batches": (
+        "llama",
         FOUR,
         dict(micro_batches=3),
         "3 micro-batches do not fill a pipeline of 2 stages evenly; take a multiple of 2",
     ),
-    "rounds": (FOUR, dict(repeats=3), "4 layers do not divide into 2 stages x 3 rounds"),
-    "rows": (FOUR, dict(micro_batches=12), "batch 16 does not divide into 12 micro-batches over 1 devices; nearest is 12"),
+    "rounds": ("llama", FOUR, dict(repeats=3), "4 layers do not divide into 2 stages x 3 rounds"),
+    "rows": ("llama", FOUR, dict(micro_batches=12), "batch 16 does not divide into 12 micro-batches over 1 devices; nearest is 12"),
+    "grouped products": ("mixtral", FOUR | dict(dispatch="exchange"), {}, "'exchange' runs below stages on a TPU alone"),
 }
 
 
-@pytest.mark.parametrize("config, options, message", BAD.values(), ids=BAD)
-def test_what_cannot_be_piped_says_so(config, options, message):
+@pytest.mark.parametrize("family, config, options, message", BAD.values(), ids=BAD)
+def test_what_cannot_be_piped_says_so(family, config, options, message):
     with pytest.raises(ValueError, match=message):
-        one_step("llama", dict(stage=2), config, **options)
+        one_step(family, dict(stage=2), config, **options)
 
 
 def test_evaluation_pipes_where_it_can():

@@ -86,6 +86,10 @@ def mixture(
         implementation = _choose(x_BTD, chosen_BTC, params, axes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"a mixture has no implementation {implementation!r}; take one of {', '.join(IMPLEMENTATIONS)}, or None to choose")
+    if implementation in GROUPED and _staged() and platform() != "tpu":
+        raise ValueError(
+            f"{implementation!r} runs below stages on a TPU alone: JAX cannot batch its grouped product; take 'capacity' or 'reference'"
+        )
     drops = implementation == "capacity" or (capacity_factor is not None and implementation != "reference")
     if drops and real_BT is not None:
         chosen_BTC = jnp.where(real_BT[..., None], chosen_BTC, shape(next(iter(params.values())))[0])
@@ -132,9 +136,14 @@ def _group(x_BTD: jax.Array, params: Params, axes: Mapping[str, str], mesh: Any,
     return Group(experts, bool(taken & {*experts})), {"experts": experts, "mlp": columns}, rows
 
 
+def _staged() -> bool:
+    layout = current_layout()
+    return layout is not None and layout.mesh.shape.get("stage", 1) > 1
+
+
 def _choose(x_BTD, chosen_BTC, params, axes) -> str:
     layout = current_layout()
-    if platform() == "cpu":
+    if platform() == "cpu" or (_staged() and platform() != "tpu"):
         return "reference"
     if layout is None:
         return "ragged"
@@ -342,6 +351,7 @@ def _capacity(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
 
 
 IMPLEMENTATIONS = {"reference": _reference, "ragged": _ragged, "exchange": _exchange, "capacity": _capacity}
+GROUPED = ("ragged", "exchange")  # whose products are of rows sorted by expert
 
 
 # -- what the platforms differ in ------------------------------------------------------------------------------------------
