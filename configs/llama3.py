@@ -7,7 +7,7 @@
 bfloat16 over float32 weights and moments, AdamW, cosine, FSDP over all chips; sequences of 4,096 tokens, packed. A larger slice takes a larger
 `data.batch_size`; with the same batch `mesh` and `step.accumulate` change what a chip holds, not what is learned.
 
-Planned, not yet run (the TPU compiler's account of a chip; a step takes at least so long):
+Measured: not yet run. Planned (the TPU compiler's account of a chip; a step takes at least so long):
 
 @PLANS@
 """

@@ -6,7 +6,7 @@
 
 The experts lie over `expert`, everything else and the batch over `fsdp` and `expert` together: each token travels to its experts and back.
 
-Planned for v5p:4x4x4, not yet run (the TPU compiler's account of a chip; a step takes at least so long):
+Measured: not yet run. Planned (the TPU compiler's account of a chip; a step takes at least so long):
 
 @PLANS@
 """
