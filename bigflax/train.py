@@ -243,10 +243,15 @@ def model_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any) -> int:
     Counted where no fast path hides or adds any: a mixture's chosen experts alone, of causal attention the blocks that are not all masked.
     `weights` and `batch` are arrays or shapes, whole.
     """
+    return 3 * forward_flops(loss_fn, weights, batch, make_mesh(devices=[StandIn(0, (0, 0, 0), 0, 0, NOWHERE, platform=NOWHERE)]))
+
+
+def forward_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any, mesh: jax.sharding.Mesh, table: Table = TABLE) -> int:
+    """FLOPs of the loss alone, of all devices together, as it is traced on this mesh."""
     whole = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     loss = lambda weights, batch: split_loss(loss_fn(weights, batch, None))[0].total
-    with tracing_on(make_mesh(devices=[StandIn(0, (0, 0, 0), 0, 0, NOWHERE, platform=NOWHERE)])):
-        return 3 * count_flops(loss, whole(weights), whole(batch))
+    with tracing_on(mesh, table):
+        return count_flops(loss, whole(weights), whole(batch))
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
         loss, back = jax.vjp(lambda params: total(params, batch), params)
         return back, back(jnp.ones_like(loss))
 
-    with tracing_on(make_mesh(devices=place.stand_ins()[:1], data=1)):
+    mesh = make_mesh(devices=place.stand_ins()[:1], data=1)
+    with tracing_on(mesh):
         closed, (residuals, _) = jax.make_jaxpr(both, return_shape=True)(params, one)
     given = {tuple(w.shape) for w in jax.tree.leaves(params)}  # a cast weight is kept too, but as it lies
     sizes = {math.prod(shape) for shape in given}  # nor is a weight's gradient, in whatever pieces, ever whole
@@ -74,11 +75,13 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
         carried = max((v.aval for v in longest.invars[first : first + longest.params["num_carry"]]), key=_bytes, default=None)
     between = lambda x: carried is not None and tuple(x.shape[-len(carried.shape) :]) == tuple(carried.shape)
     whole = sum(_bytes(x) for x in kept if between(x))
+    model = train.model_flops(loss_fn, weights, one)
+    executed = count_jaxpr(closed) * model / (3 * train.forward_flops(loss_fn, weights, one, mesh))
+    products = [v.aval for eqn in _equations(body) if eqn.primitive.name in PRODUCTS for v in eqn.outvars]
+    others = [v.aval for eqn in _equations(closed.jaxpr) for v in eqn.outvars if math.prod(v.aval.shape) not in sizes]
     return Trace(
-        model=train.model_flops(loss_fn, weights, one), executed=count_jaxpr(closed), kept=whole, kept_split=sum(map(_bytes, kept)) - whole,
-        working_split=sum(_bytes(v.aval) for eqn in _equations(body) if eqn.primitive.name in PRODUCTS for v in eqn.outvars),
-        largest=max((_bytes(v.aval) for eqn in _equations(closed.jaxpr) for v in eqn.outvars if math.prod(v.aval.shape) not in sizes), default=0),
-        width=0 if carried is None else _bytes(carried), layers=layers,
+        model=model, executed=executed, kept=whole, kept_split=sum(map(_bytes, kept)) - whole, working_split=sum(map(_bytes, products)),
+        largest=max(map(_bytes, others), default=0), width=0 if carried is None else _bytes(carried), layers=layers,
     )  # fmt: skip
 
 

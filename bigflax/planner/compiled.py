@@ -50,8 +50,11 @@ def plan(
     say("tracing")
     traced = step.trace(state, batch)
     program = count_jaxpr(traced.jaxpr)
-    if model_flops is None:
-        model_flops = train.model_flops(step.loss_fn, state.weights, batch) if hasattr(step, "loss_fn") else program
+    if hasattr(step, "loss_fn"):
+        model = train.model_flops(step.loss_fn, state.weights, batch)
+        program *= model / (3 * train.forward_flops(step.loss_fn, state.weights, batch, mesh))
+        model_flops = model if model_flops is None else model_flops
+    model_flops = program if model_flops is None else model_flops
     say("compiling")
     found = _compile(traced)
     memory = _memory(found, state, batch)
