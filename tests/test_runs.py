@@ -50,7 +50,7 @@ def test_a_work_folder_in_a_bucket(tmp_path, monkeypatch):
     opened = open_writers(config.work, tensorboard=False)  # its event files go through google-cloud-storage, of the extra gcs
     opened.write(5, {"loss": 2.5})
     opened.close()
-    runs.summarize(runs.Run(config), 5, "to be", 1.0, print)
+    runs.summarize(runs.Run(config), 5, "to be", 1.0, {}, print)
     assert runs.summarized(config.work) == 5
     assert (tmp_path / "gs:/bucket/run/loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(data, "train_bpe", None)

@@ -104,6 +104,7 @@ def cloud(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_shellcheck():
     """Every shell script, settings included, without a finding."""
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))
@@ -170,6 +171,7 @@ def test_from_nothing_to_a_finished_run(cloud):
     assert "nothing is billed" in cloud.call("status")
 
 
+@pytest.mark.slow
 def test_detached(cloud):
     """`run` returns while the training goes on, in a session of its own."""
     cloud.faults(training=["run"])
@@ -210,6 +212,7 @@ def test_bucket_missing(cloud):
     assert not cloud.created()
 
 
+@pytest.mark.slow
 def test_no_capacity(cloud):
     """A request that fails ends `create` with its reason; `create` again replaces it; one that waits is taken up where it is."""
     cloud.faults(lives=[["WAITING_FOR_RESOURCES", "FAILED"], ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]])
@@ -227,6 +230,7 @@ def test_no_capacity(cloud):
     assert cloud.created() == 2
 
 
+@pytest.mark.slow
 def test_interrupted_while_waiting(cloud):
     """Ctrl-C says that the request stays and costs money once granted."""
     cloud.faults(lives=[["WAITING_FOR_RESOURCES"]])
@@ -238,6 +242,7 @@ def test_interrupted_while_waiting(cloud):
     assert not list(cloud.folder.glob("bigflax-tpu.*"))
 
 
+@pytest.mark.slow
 def test_setup_fails_half_way(cloud):
     """The second worker's installation fails: said in one sentence, nothing can be started; the same command again completes it."""
     cloud.call("create")
@@ -255,6 +260,7 @@ def test_setup_fails_half_way(cloud):
     cloud.started(2)
 
 
+@pytest.mark.slow
 def test_setup_takes_a_folder_or_a_wheel(cloud):
     """A folder travels as what its wheel needs, without what else lies there."""
     cloud.call("create")
@@ -271,12 +277,14 @@ def test_setup_takes_a_folder_or_a_wheel(cloud):
     assert cloud.calls("uv", "pip", hosts="t1v")[-1][-1] == "./bigflax-0.1.0-py3-none-any.whl[tpu,gcs]"
 
 
+@pytest.mark.slow
 def test_workers_that_may_not_write(cloud):
     cloud.call("create")
     cloud.faults(readonly=True)
     assert "Storage Object Admin on the bucket" in cloud.call("setup", code=1)
 
 
+@pytest.mark.slow
 def test_worker_three_unreachable(cloud):
     """It is named; nothing is set up or started without it."""
     cloud.faults(workers=4, silent=[3])
@@ -289,12 +297,14 @@ def test_worker_three_unreachable(cloud):
     assert not cloud.trainings()
 
 
+@pytest.mark.slow
 def test_key_not_in_the_agent(cloud):
     cloud.call("create")
     cloud.faults(agent=True)
     assert "ssh-add ~/.ssh/google_compute_engine" in cloud.call("setup", code=1)
 
 
+@pytest.mark.slow
 def test_all_workers_or_none(cloud):
     """Where one does not start, the others stop again."""
     cloud.faults(training=["run"])
@@ -307,6 +317,7 @@ def test_all_workers_or_none(cloud):
     assert len(cloud.trainings()) == 1 and not list(stub_cloud.trainings(cloud.folder / "machines"))
 
 
+@pytest.mark.slow
 def test_run_twice(cloud):
     """The second is refused, by the script and, where that did not see the first, by every worker."""
     cloud.faults(training=["run"])
@@ -329,6 +340,7 @@ ENDS = {  # how the starts of each worker end: exit code of watch, what it says,
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ENDS)
 def test_watch_knows_exit_codes(case, cloud):
     training, code, said, starts = ENDS[case]
@@ -356,7 +368,8 @@ LOSSES = {  # what befalls the first slice and those after it
 }
 
 
-@pytest.mark.parametrize("case", [case if case == "while it trains" else pytest.param(case, marks=pytest.mark.slow) for case in LOSSES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LOSSES)
 def test_a_slice_taken_away_comes_back(case, cloud):
     """watch asks for another one, sets it up from the bucket and starts the same command, until that is done; the lost one had saved."""
     cloud.faults(**({"training": ["run", "0"]} | LOSSES[case]))
@@ -387,6 +400,7 @@ def test_watch_replaces_a_slice_with_a_silent_worker(cloud):
     assert child.returncode == 0 and "the slice is replaced" in text, text
 
 
+@pytest.mark.slow
 def test_watch_gives_up_waiting(cloud):
     """And withdraws the request, which would be billed with nobody there."""
     cloud.faults(lives=[["ACTIVE"] * 5 + ["SUSPENDED"], ["WAITING_FOR_RESOURCES"]], training=["run"])
@@ -395,6 +409,7 @@ def test_watch_gives_up_waiting(cloud):
     assert "nothing is billed" in cloud.call("status")
 
 
+@pytest.mark.slow
 def test_watch_is_killed_and_called_again(cloud):
     """No second training; only one watches; Ctrl-C says what is still billed; a slice that someone deletes is not asked for again."""
     cloud.faults(training=["run"])
@@ -423,6 +438,7 @@ def test_watch_is_killed_and_called_again(cloud):
     assert cloud.created() == 1
 
 
+@pytest.mark.slow
 def test_watch_without_a_slice_asks_for_one(cloud):
     """As after a night in which watch itself was killed between deleting and asking anew."""
     cloud.faults(training=["run", "0"])
@@ -433,6 +449,7 @@ def test_watch_without_a_slice_asks_for_one(cloud):
     assert "nothing is billed" in cloud.call("status")
 
 
+@pytest.mark.slow
 def test_delete(cloud):
     """Of what is not there, of what waits, and when it does not work."""
     assert "nothing is billed" in cloud.call("delete")
@@ -443,6 +460,7 @@ def test_delete(cloud):
     assert "connection reset by peer" in cloud.call("delete", code=1)
 
 
+@pytest.mark.slow
 def test_slices(cloud):
     """Two slices are one request, and one run over the workers of both; all in a folder of a bucket."""
     cloud.env["BUCKET"] = "gs://bucket/my/folder"
@@ -456,6 +474,7 @@ def test_slices(cloud):
     }
 
 
+@pytest.mark.slow
 def test_a_recipe_of_your_own_travels_along(cloud):
     (cloud.folder / "my recipe.py").write_text("# mine")
     cloud.up(CONFIG=str(cloud.folder / "my recipe.py:long"))
@@ -581,6 +600,7 @@ def test_skypilot(cloud):
     assert cloud.trainings() == [["train", "--config=gpt2_124m", "--config.work=gs://bucket/a b", "--hosts=0"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
 def test_slurm(code, cloud):
     """Arguments pass through; 75 queues the job again; anything else is the job's own exit code."""
