@@ -10,7 +10,8 @@ in Devlin et al. 2019; no next-sentence task.
 
 Measured: not yet run at full length. Planned, "base" on v5e:2x2 (the TPU compiler's account of a chip; a step takes at least so long):
 
-@PLANS@
+    11.67 of 15.75 GiB of a chip (weights 0.41, optimizer 0.81, temporaries 10.41), 133 ms a step, bound by compute, MFU at most 88%,
+    983K tokens/s; 50,000 steps take 1.9 hours, 9 dollars
 """
 
 from ml_collections import ConfigDict

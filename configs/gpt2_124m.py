@@ -5,7 +5,10 @@
 
 Hardware: eight TPU v5e or eight H100. On a TPU slice of another size only `mesh` and `step.accumulate` change.
 
-Measured: not yet run at full length. One step of this shape on fake devices is compiled in the tests.
+Measured: not yet run at full length. Planned, on v5e:2x4 (the TPU compiler's account of a chip; a step takes at least so long):
+
+    7.83 of 15.75 GiB of a chip (weights 0.46, optimizer 0.93, temporaries 6.42), 320 ms a step, bound by compute, MFU at most 83%,
+    1.64M tokens/s; 19,073 steps take 1.7 hours, 16 dollars
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,10 @@ that takes 1,000 images a second keeps four cores at work, and `data.workers` of
 Measured: not yet run at full length. Planned, base on v5e:2x4, large on v5e:4x4 (the TPU compiler's account of a chip; a step takes at least so
 long):
 
-@PLANS@
+    base     7.89 of 15.75 GiB of a chip (weights 0.32, optimizer 0.64, temporaries 6.83)     69 ms a step    14.8K images/s    7.2 h,  69 dollars
+    large    7.65 of 15.75 GiB of a chip (weights 0.07, optimizer 0.14, temporaries 7.30)    121 ms a step     8.5K images/s    8.4 h, 162 dollars
+
+Both are bound by compute, and nearly nothing is computed twice.
 """
 
 from ml_collections import ConfigDict
