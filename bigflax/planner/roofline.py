@@ -1,7 +1,8 @@
 """The roofline: the least time that a step takes, by what limits it.
 
     compute   FLOPs that the program executes, recomputation included / peak of the chips
-    hbm       bytes that the program moves between a chip and its memory / its bandwidth
+    hbm       the state read and written and all temporaries written and read once / the memory's bandwidth: what moves at the least, for
+              memory that is used again and again within a layer counts once
     ici, dcn  bytes of the collectives over the links that their mesh axes have, within a slice and between slices
 
 A step takes at least the longest of them, if all overlap perfectly. For collectives of n devices over links of W bytes/s (scaling book, "Sharded
