@@ -473,7 +473,11 @@ class Moe(nn.Module):
         axes = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
         w = {name: weight(self, name, (E, D, F), text, self.init) for name, text in axes.items() if name != "down"}
         w["down"] = weight(self, "down", (E, F, D), axes["down"], self.out_init)
-        expert = lambda x, w, product: product(act(product(x, w["gate"])) * product(x, w["up"]), w["down"])
+
+        def expert(x, w, product):
+            by = lambda x, w: checkpoint_name(product(x, w), "product")
+            return by(act(by(x, w["gate"])) * by(x, w["up"]), w["down"])
+
         y_BTD, dropped = ops.mixture(
             expert, x_BTD, gates_BTC, chosen_BTC, w, axes, implementation=self.implementation, capacity_factor=self.capacity_factor,
             real_BT=real_BT,

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,12 +72,19 @@ def estimated(
 ) -> planner.Plan:
     """The estimate, without a compiler; what was made or traced already may be given."""
     made = made or parts(config, mesh_on(config, place.stand_ins(), place.slices))
-    traced = traced or planner.trace(made.loss_fn, made.state.weights, made.batch, place)
+    traced = traced or trace(config, made, place)
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
     return planner.estimate(
         traced, made.state, made.batch, place, axes=made.axes, accumulate=config.step.accumulate,
         choices=config.model.get("num_experts_per_tok") or 1, dtype_bytes=width, steps=config.fit.steps, price=price,
     )  # fmt: skip
+
+
+def trace(config: Config, made: Parts, place: Topology) -> planner.Trace:
+    """The trace of as many rows as a device has at a time."""
+    spread = math.prod(made.state.mesh.shape[axis] for axis in sharding.batch_axes(made.state.mesh))
+    rows = max(1, config.data.batch_size // spread // config.step.accumulate)
+    return planner.trace(made.loss_fn, made.state.weights, made.batch, place, rows=rows)
 
 
 def choices(config: Config, place: Topology, *, price: float | None = None) -> list[planner.Choice]:
@@ -90,8 +98,7 @@ def choices(config: Config, place: Topology, *, price: float | None = None) -> l
 
     def traced(mesh: tuple, remat: str) -> planner.Trace:
         if remat not in traces:
-            found = made(mesh, remat)
-            traces[remat] = planner.trace(found.loss_fn, found.state.weights, found.batch, place)
+            traces[remat] = trace(config, made(mesh, remat), place)
         return traces[remat]
 
     def changed(mesh: tuple, remat: str, accumulate: int) -> Config:

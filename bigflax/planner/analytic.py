@@ -44,14 +44,15 @@ class Trace:
     kept: float
     kept_split: float
     working_split: float  # the products of one layer
-    largest: float  # of all arrays, whatever the rows: a chunk of logits
+    largest: float  # of all arrays: a chunk of logits
     width: float  # the activations between two layers
     layers: int
 
 
-def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
-    """Traces the loss of the batch's first row as for a chip of `place`, forward and backward; `weights` and `batch` are shapes."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology, *, rows: int = 1) -> Trace:
+    """Traces the loss of so many rows of the batch, as many as a device will have, as for a chip of `place`, forward and backward; `weights` and
+    `batch` are shapes."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     params, rest = trees.partition(weights, jax.tree.map(lambda w: bool(jnp.issubdtype(w.dtype, jnp.inexact)), weights))
     total = lambda params, batch: train.split_loss(loss_fn(trees.combine(params, rest), batch, None))[0].total
 
@@ -80,8 +81,9 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology) -> Trace:
     products = [v.aval for eqn in _equations(body) if eqn.primitive.name in PRODUCTS for v in eqn.outvars]
     others = [v.aval for eqn in _equations(closed.jaxpr) for v in eqn.outvars if math.prod(v.aval.shape) not in sizes]
     return Trace(
-        model=model, executed=executed, kept=whole, kept_split=sum(map(_bytes, kept)) - whole, working_split=sum(map(_bytes, products)),
-        largest=max(map(_bytes, others), default=0), width=0 if carried is None else _bytes(carried), layers=layers,
+        model=model / rows, executed=executed / rows, kept=whole / rows, kept_split=(sum(map(_bytes, kept)) - whole) / rows,
+        working_split=sum(map(_bytes, products)) / rows, largest=max(map(_bytes, others), default=0) / rows,
+        width=0 if carried is None else _bytes(carried) / rows, layers=layers,
     )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def estimate(
     temporaries = {
         "kept": rows * (traced.kept + traced.kept_split / many) / sizes["stage"] * (sizes["stage"] if sizes["stage"] > 1 else 1),
         "gradients": shard_bytes(state.params) * (2 if accumulate > 1 else 1),
-        "working": 2 * rows * traced.working_split / many + 2 * min(rows, 1) * traced.largest / many,
+        "working": 2 * rows * (traced.working_split + traced.largest) / many,
         "gathered": gathered + (shard_bytes(state.params) * dtype_bytes / 4 if dtype_bytes < 4 else 0),
     }
     memory = {"weights": weights, "optimizer": optimizer, "batch": shard_bytes(batch), "temporaries": sum(temporaries.values()), "code": 0}

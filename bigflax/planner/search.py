@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from bigflax.planner.report import GIB, Plan
 
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "minimal", "full")
 MICRO_BATCHES = (1, 2, 4, 8)
 TENSOR = 16  # beyond it every product is a sliver
 
