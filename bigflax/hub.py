@@ -51,19 +51,26 @@ def load(
     Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
     folder = fetch(source)
-    said = read_config(folder)
-    family, config = published.understand(said, folder)
-    home = models.family(family)
-    config["head"] = published.head_of(said, home) if head == "" else head
+    family, config = describe(folder, head)
     files = open_tensors(folder)
-    if hasattr(home, "settle"):  # what the files say and the config does not
-        config |= home.settle(config, files)
     largest = max(files.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
     dtype = jnp.dtype(dtype or jax.dtypes.canonicalize_dtype("float32" if largest is None else largest.dtype))
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
     model = dataclasses.replace(model, source=folder)
     where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
     return model, _read(model, files, dtype, where, folder, fresh=head != "", relabelled="num_labels" in changes)
+
+
+def describe(source: str, head: str | None = "") -> tuple[str, dict[str, Any]]:
+    """The family of a folder or hub id, and what its files say of the arguments of `models.create`; `head` as for `load`."""
+    folder = fetch(source)
+    said = read_config(folder)
+    family, config = published.understand(said, folder)
+    home = models.family(family)
+    config["head"] = published.head_of(said, home) if head == "" else head
+    if hasattr(home, "settle"):  # what the files say and the config does not
+        config |= home.settle(config, open_tensors(folder))
+    return family, config
 
 
 def fetch(source: str) -> str:

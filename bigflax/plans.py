@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """The step of a resolved recipe on `mesh`; neither its data nor its tokenizer is read, but for a `tokenizer.path`'s size."""
     run = runs.Run(config)
-    run.mesh, run.fields = mesh, fields(config)
+    run.mesh, run.fields, run.steps = mesh, fields(config), config.fit.steps or 1  # of epochs only the data know how long they are
     sharding.check_batch(config.data.batch_size, mesh)
     loss_fn = tasks.create(**config.task, model=run.model)
     state = run.state_like()
@@ -48,7 +48,8 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
 
 def fields(config: Config) -> dict[str, Any]:
     """Those of the model's fields that follow from the data, without the data."""
-    return {"vocab_size": vocab_size(config)} if recipes.data_kind(config.model.name).tokenized else runs.image_fields(config, None)
+    kind = recipes.data_kind(config.model.name, config.task.name)
+    return runs.model_fields(config, kind, vocab_size(config) if kind.tokenized else None, None)
 
 
 def vocab_size(config: Config) -> int:
@@ -113,7 +114,7 @@ def choices(config: Config, place: Topology, *, price: float | None = None) -> l
         whole = made(mesh, "none")
         return estimated(changed(mesh, remat, accumulate), place, price=price, made=whole, traced=traced(mesh, remat))
 
-    module = models.create(**{**dict(config.model), "size": None, **fields(config)})
+    module = models.create(**{**{k: v for k, v in config.model.items() if k != "source"}, "size": None, **fields(config)})
     experts = any("router" in name for name, _ in trees.named_leaves(module.shapes()))
     return planner.tried(
         one, place.devices, place.slices, ("data", "fsdp", *(("expert",) if experts else ()), "tensor"), config.data.batch_size

@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bigflax import checkpoint, data, models, optim, sharding, tasks, train, trees
+from bigflax import checkpoint, data, hub, models, optim, sharding, tasks, train, trees
 from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
 from bigflax.generate import check
@@ -47,45 +47,69 @@ def _keywords(function: Callable[..., Any], *given: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in given}
 
 
-def data_kind(model: str) -> data.Kind:
-    """The kind of data that a model of this family takes. Raises ValueError where there is none for it."""
-    takes = models.family(model).build().example()
-    found = next((data.KINDS[name] for name in takes if name in data.KINDS), None)
+def data_kind(model: str, task: str) -> data.Kind:
+    """The kind of data that a model of this family takes for this task. Raises ValueError where there is none for it."""
+    takes, kinds = models.family(model).build().example(), {**data.KINDS, **tasks.find(task).kinds}
+    found = next((kinds[name] for name in takes if name in kinds), None)
     if found is None:
-        raise ValueError(f"{model} takes {', '.join(takes)}, which no data of a recipe gives; there is data of {', '.join(data.KINDS)}")
+        raise ValueError(f"{model} takes {', '.join(takes)}, which no data of a recipe gives; there is data of {', '.join(kinds)}")
     return found
+
+
+def model_keys(said: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The fields of a recipe's model and their defaults: those of its family, those of its size, or those of the published weights, `source`, that it
+    begins with. The head is the task's, where it has one."""
+    name, size, source, wanted = said.get("name"), said.get("size"), said.get("source"), tasks.find(task).head
+    if source is not None and size is not None:
+        raise ValueError(f"model.source {source!r} has a size of its own; leave out model.size {size!r}")
+    published, config = (name or "", {}) if source is None else hub.describe(source, said.get("head", wanted or ""))
+    if name not in (None, published):
+        raise ValueError(f"model.source {source!r} holds a {published}, not the {name} that model.name says")
+    family = models.family(published)
+    if size is not None and size not in family.SIZES:
+        raise ValueError(f"{published} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
+    head = {"head": wanted} if wanted is not None and wanted in getattr(family, "HEADS", {}) else {}
+    return {"name": published, "size": None, "source": None, **_keywords(family.build), **head, **(family.SIZES[size] if size else config)}
 
 
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe may say, as a nested dict of defaults; what model, data and task take depends on the names of model and task."""
-    family, kind = models.family(config["model"]["name"]), data_kind(config["model"]["name"])
-    size = config["model"].get("size")
-    if size is not None and size not in family.SIZES:
-        raise ValueError(f"{config['model']['name']} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
-    task = config["task"]["name"]
-    if task not in tasks.TASKS:
-        raise ValueError(f"unknown task {task!r}; {trees.did_you_mean(task, tasks.TASKS, 'the tasks are')}")
-    fields = _keywords(family.build)
-    follows = {name: None for name in kind.follows if name in fields}  # None: what the data say
+    task, source = config["task"]["name"], config["model"].get("source")
+    model = model_keys(config["model"], task)
+    kind = data_kind(model["name"], task)
+    # None: what the data say, unless published weights have it already
+    follows = {name: None for name in kind.follows if name in model and (source is None or name == "num_labels")}
+    reader = {} if kind.reader is None else _keywords(kind.reader, "tokenizer", "classes")
+    if kind.reader is not None and "classes" in inspect.signature(kind.reader).parameters:
+        reader["classes"] = None
+    epochs = (config.get("fit") or {}).get("epochs")
     words, prompt = {}, {}
     if kind.tokenized:
-        words = {"tokenizer": {"kind": "bpe", "path": None, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
+        home = {"kind": "bpe", "path": None} if source is None else {"kind": "file", "path": source}
+        words = {"tokenizer": {**home, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
+    if kind.prose:
         prompt = {"sample": {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}, "yardsticks": False}
     return {
         "seed": 0,
         "work": "",
-        "model": {"name": "", "size": None, **fields, **(family.SIZES[size] if size else {}), **follows},
+        "model": {**model, **follows},
         **words,
         "data": {
+            "validation": None,
+            **reader,
             **_keywords(kind.batches, *kind.given, "split", "seed", "repeat", "mesh", "quality", "loader"),
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
-            **_keywords(Quality, "quarantine", "bad", *(() if kind.tokenized else ("max_line", "field"))),
+            **_keywords(Quality, "quarantine", "bad", *(() if kind.prose else ("max_line", "field"))),
         },
-        "task": {"name": "", **_keywords(tasks.TASKS[task], "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
+        "task": {"name": "", **_keywords(tasks.find(task).loss, "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
         "step": _keywords(train.train_step, "loss_fn", "tx", "state", "seed", "table"),
-        "fit": _keywords(train.fit, "state", "step", "loader", "evaluate", "checkpoints", "meta", "write", "meter", "watch", "stop"),
+        "fit": {
+            "epochs": None,
+            **_keywords(train.fit, "state", "step", "loader", "evaluate", "checkpoints", "meta", "write", "meter", "watch", "stop"),
+            **({} if epochs is None else {"steps": None}),
+        },
         "watch": {**_keywords(train.Watch), "metric": "loss"},
         "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
         **prompt,
@@ -129,7 +153,7 @@ def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:
     said = _plain(recipe)
     changes = [parse_override(text) for text in overrides]
     for path, value in changes:  # these decide which keys there are
-        if path in ("model.name", "model.size", "task.name"):
+        if path in ("model.name", "model.size", "model.source", "task.name", "fit.epochs"):
             section, key = path.split(".")
             said.setdefault(section, {})[key] = value
     for section in ("model", "task", "data"):

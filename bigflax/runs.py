@@ -5,7 +5,9 @@
     checkpoints/  tokenizer/  metrics.jsonl  tensorboard/  quarantine.jsonl  loss.png  summary.json
 """
 
+import dataclasses
 import functools
+import inspect
 import json
 import os
 import time
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import chips, data, models, optim, recipes, sharding, tasks, train, trees, xla, yardsticks
+from bigflax import chips, data, hub, models, optim, recipes, sharding, tasks, train, trees, xla, yardsticks
 from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
@@ -35,11 +37,16 @@ def _options(section: Config, *without: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in without}
 
 
+def _opened(said: Any) -> list[tuple[data.Source, float]]:
+    sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
+    return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
+
+
 class Run:
     """The parts of a run, each made on first use from `config` (a resolved recipe), its files under `config.work`."""
 
     def __init__(self, config: Config):
-        self.config, self.work, self.kind = config, config.work, recipes.data_kind(config.model.name)
+        self.config, self.work, self.kind = config, config.work, recipes.data_kind(config.model.name, config.task.name)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -49,25 +56,52 @@ class Run:
     def quality(self) -> Quality:
         c = self.config.data
         quarantine = os.path.join(self.work, "quarantine.jsonl") if self.work else None
-        line, field = (c.max_line, c.field) if self.kind.tokenized else (0, None)
+        line, field = (c.max_line, c.field) if self.kind.prose else (0, None)
         return Quality(c.bad_records, c.max_bad, quarantine, line, field)
 
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
         """The sources and their weights: one section, or a sequence of them each with a `weight`."""
-        said: Any = self.config.data.source
-        sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
-        return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
+        return _opened(self.config.data.source)
+
+    @functools.cached_property
+    def held_out(self) -> tuple[list[tuple[data.Source, float]], float]:
+        """The sources of the validation split, and which part of them it is: those of `data.validation` whole, or the hash's part of the others."""
+        c = self.config.data
+        return (self.sources, c.validation_fraction) if c.validation is None else (_opened(c.validation), 1.0)
+
+    def split(self, name: str) -> tuple[list[tuple[data.Source, float]], float]:
+        """The sources of a split, and the part of them that is for validation."""
+        whole = name == "train" and self.config.data.validation is not None
+        return (self.sources, 0.0) if whole else self.held_out
 
     def check(self) -> None:
         """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
         sharding.check_batch(self.config.data.batch_size, self.mesh)
-        optim.make(**self.config.optimizer, steps=self.config.fit.steps, axes={})
-        assert self.sources
+        assert self.held_out
+        optim.make(**self.config.optimizer, steps=self.steps, axes={})
 
     def records(self, split: str) -> list[data.Records]:
-        c = self.config.data
-        return [data.Records(source, self.quality, split, c.validation_fraction, c.split_by) for source, _ in self.sources]
+        sources, part = self.split(split)
+        return [data.Records(source, self.quality, split, part, self.config.data.split_by) for source, _ in sources]
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Those of `fit.steps`, or as many as `fit.epochs` passes over the records of the train split take."""
+        epochs, batch = self.config.fit.epochs, self.config.data.batch_size
+        if epochs is None:
+            return self.config.fit.steps
+        if self.kind.prose or self.config.data.split_by == "content":
+            raise ValueError(
+                "how many rows an epoch has is not known before packed text is packed, or split by content; set fit.steps instead of fit.epochs"
+            )
+        rows = sum(records.chosen(i) for records in self.records("train") for i in range(len(records.source)))
+        return max(1, round(epochs * rows / batch))
+
+    @functools.cached_property
+    def classes(self) -> Any:
+        """The names of the data's classes, or how many there are; None where there are none."""
+        return self.kind.classes and self.kind.classes([source for source, _ in self.sources], self.config.data)
 
     @functools.cached_property
     def tokenizer(self) -> data.Tokenizer:
@@ -91,12 +125,20 @@ class Run:
     def loader(self, split: str) -> data.Loader:
         """Endless for "train"; one pass over "validation"."""
         # one pass packs its rows best as one shard, which is its default
-        here = ("workers", "shards") if self.kind.tokenized and split != "train" else ()
-        options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field", *here)
-        given = {"tokenizer": self.tokenizer} if self.kind.tokenized else {"classes": self.fields.get("num_labels")}
+        here = ("workers", "shards") if self.kind.prose and split != "train" else ()
+        sources, part = self.split(split)
+        options = _options(self.config.data, "source", "validation", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here)
+        given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
+        if self.kind.reader is not None:
+            mine = {name: options.pop(name) for name in inspect.signature(self.kind.reader).parameters if name in options}
+            if "classes" in mine:
+                mine["classes"] = self.classes
+            identity = {**mine, "tokenizer": self.tokenizer.fingerprint}
+            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity}
         return self.kind.batches(
-            self.sources,
+            sources,
             **given,
+            validation_fraction=part,
             split=split,
             seed=self.config.seed,
             repeat=split == "train",
@@ -112,37 +154,48 @@ class Run:
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """Those of the model's fields that follow from the data. Set them to make a model without tokenizer and sources."""
-        if self.kind.tokenized:
-            return agreed(self.config, vocab_size=self.tokenizer.vocab_size)
-        return image_fields(self.config, data.count_classes(source for source, _ in self.sources))
+        return model_fields(self.config, self.kind, self.tokenizer.vocab_size if self.kind.tokenized else None, self.classes)
 
     def _model(self, **more: Any) -> models.nn.Model:
-        return models.create(**{**_options(self.config.model), "size": None, **self.fields, **more})
+        made = models.create(**{**_options(self.config.model, "source"), "size": None, **self.fields, **more})
+        source = self.config.model.source
+        return made if source is None else dataclasses.replace(made, source=hub.fetch(source))
 
     @functools.cached_property
     def tx(self):
-        return optim.make(**self.config.optimizer, steps=self.config.fit.steps, axes=self.model.axes)
+        return optim.make(**self.config.optimizer, steps=self.steps, axes=self.model.axes)
 
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
-        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.tokenized else {}
+        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
         return tasks.create(**self.config.task, model=self.model, **text)
 
     def state_like(self) -> train.State:
         return train.state_like(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes)
 
     def init_state(self) -> train.State:
-        return train.init_state(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed)
+        """New, or from the weights of `model.source`."""
+        c = self.config.model
+        begin = self.model.init
+        if c.source is not None:
+            begin = hub.load(c.source, mesh=self.mesh, **{**_options(c, "name", "size", "source"), **self.fields})[1]
+        return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed)
 
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
         """`state -> metrics` over the whole validation split."""
         step, loader = train.eval_step(self.loss_fn, self.mesh), self.loader("validation")
         return lambda state: train.evaluate(step, state.weights, loader)
 
+    def fit_options(self) -> dict[str, Any]:
+        """Those of `train.fit`; with `fit.epochs`, an evaluation after each unless the recipe says when."""
+        c = self.config.fit
+        every = c.eval_every or (None if c.epochs is None else max(1, round(self.steps / max(1, c.epochs))))
+        return {**_options(c, "epochs"), "steps": self.steps, "eval_every": every}
+
     def check_end(self, loader: data.Loader, watch: train.Watch) -> None:
         """Raises now what would otherwise come up at the first evaluation, a metric to watch that there is not, or after the last step, a
         sample that the model cannot write."""
-        if self.config.fit.eval_every:
+        if self.fit_options()["eval_every"]:
             measure = lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[1]
             watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec)])
         if (ids := self.prompt()) is not None:
@@ -150,7 +203,7 @@ class Run:
 
     def prompt(self) -> np.ndarray | None:
         """The recipe's prompt as token ids [1, T], or None where it has none or the model learns something else than to continue."""
-        text = self.config.sample.prompt if self.kind.tokenized else ""
+        text = self.config.sample.prompt if self.kind.prose else ""
         if not text or self.config.data.objective != "causal":
             return None
         return np.array([[self.tokenizer.bos_id, *self.tokenizer.encode(text)]], np.int32)
@@ -196,9 +249,13 @@ def agreed(config: Config, **asked: int | None) -> dict[str, Any]:
     return found
 
 
-def image_fields(config: Config, classes: int | None) -> dict[str, Any]:
-    """What a model of images takes from its data."""
-    return agreed(config, num_labels=classes, image_size=config.data.size, num_channels=len(config.data.mean))
+def model_fields(config: Config, kind: data.Kind, vocab_size: int | None, classes: Any) -> dict[str, Any]:
+    """What the model takes from its data: `classes`, their names or number, may not be known."""
+    asked = {"vocab_size": vocab_size} if kind.tokenized else {"image_size": config.data.size, "num_channels": len(config.data.mean)}
+    labels = (
+        {"num_labels": classes if classes is None or isinstance(classes, int) else len(classes)} if "num_labels" in kind.follows else {}
+    )
+    return agreed(config, **asked, **labels)
 
 
 def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
@@ -209,14 +266,14 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
     say = say if first else lambda text: None
     watch, cost = train.Watch(**config.watch), {}
     mode = "max" if config.watch.mode == "max" else "min"
-    best = (config.watch.metric, mode) if config.fit.eval_every else None
+    best = (config.watch.metric, mode) if config.fit.eval_every or config.fit.epochs else None
     with Checkpoints(os.path.join(config.work, "checkpoints"), best=best, **config.checkpoint) as checkpoints, StopSignal() as stop:
         at = checkpoints.latest()
         if at is not None:
             meta = checkpoints.meta(at)
             check_same(meta["config"], config, allow_changes, say)
             watch.best, watch.idle = (meta.get("watch") or {"best": None, "idle": 0}).values()
-            if (at >= config.fit.steps or watch.ended) and summarized(config.work) == at:
+            if (at >= run.steps or watch.ended) and summarized(config.work) == at:
                 say(f"{config.work} holds the finished run of {at} steps; for another one use another --config.work")
                 return 0
         run.check()
@@ -242,18 +299,18 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         meter = Meter(
             flops_per_step=train.model_flops(run.loss_fn, run.model.shapes(), loader.spec),
             peak_flops=chips.peak_flops(),
-            total_steps=config.fit.steps,
+            total_steps=run.steps,
         )
-        writers = open_writers(config.work, total_steps=config.fit.steps, step=at or 0, enabled=first)
+        writers = open_writers(config.work, total_steps=run.steps, step=at or 0, enabled=first)
         try:
             state = train.fit(
-                state, xla.announced(step, announce), loader, **config.fit, evaluate=run.evaluator(), checkpoints=checkpoints,
+                state, xla.announced(step, announce), loader, **run.fit_options(), evaluate=run.evaluator(), checkpoints=checkpoints,
                 meta={"config": recipes.flat(config)}, write=writers.write, meter=meter, watch=watch, stop=stop,
             )  # fmt: skip
         finally:
             writers.close()
             loader.close()
-    if stop.stopped and int(state.step) < config.fit.steps:
+    if stop.stopped and int(state.step) < run.steps:
         by = "a signal to one of the hosts" if jax.process_count() > 1 else stop.received
         say(f"stopped by {by} at step {int(state.step)}; everything is saved, the same command continues")
         return stop.CODE
@@ -287,7 +344,8 @@ def describe(run: Run) -> str:
     c, shapes = run.config, run.model.shapes()
     mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
     if run.kind.tokenized:
-        amount = f"vocabulary {run.tokenizer.vocab_size}; batch {c.data.batch_size} x {c.data.length} tokens"
+        labels = f"{run.fields['num_labels']} classes; " if run.fields.get("num_labels") else ""
+        amount = f"vocabulary {run.tokenizer.vocab_size}; {labels}batch {c.data.batch_size} x {c.data.length} tokens"
     else:
         amount = f"{run.fields.get('num_labels')} classes; batch {c.data.batch_size} images of {c.data.size} x {c.data.size}"
     return (
@@ -305,7 +363,7 @@ def summarize(run: Run, step: int, text: str | None, seconds: float, cost: Mappi
     for record in history:
         final |= {name: value for name, value in record.items() if name != "step"}
     summary = {"steps": step, "seconds": round(seconds, 1), **{name: final[name] for name in final if name.startswith("eval/")}}
-    if run.kind.tokenized and config.yardsticks:
+    if run.kind.prose and config.yardsticks:
         summary |= measure_yardsticks(run)
     for name, value in summary.items():
         say(f"{name.replace('eval/', 'held-out ').replace('_', ' '):<28} {value:,.4g}")

@@ -1,16 +1,23 @@
-"""Tasks: functions from a model to a loss, `loss_fn(params, batch, rng) -> (Mean, metrics)`.
+"""Tasks: a loss and its metrics, and how to read a record where the model's input alone does not say it.
+
+A loss is a function from a model to `loss_fn(params, batch, rng) -> (Mean, metrics)`. Yours is the same kind of function in a file of your own,
+named in the recipe, `task = dict(name="mine.py:my_task")`; where records must be read differently too, it is a `Task`:
+
+    my_task = Task(my_loss, {"input_ids": data.reading(my_reader, my_shapes)}, head="sequence_classification")
 
 A batch carries `labels` already aligned with the positions (no shift here), -100 where there is nothing to learn; pairs need none. Losses
 and metrics are `Mean(total, count)` over real tokens or rows, so that accumulation, hosts and evaluation weigh every one alike.
 """
 
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import losses, ops, trees
+from bigflax import data, losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
 from bigflax.weights import rounded
@@ -113,16 +120,47 @@ def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
     return rounded_loss
 
 
-TASKS = {"causal_lm": token_loss, "masked_lm": token_loss, "classification": classification, "contrastive": contrastive}
+class Task(NamedTuple):
+    """`loss(model, **options)`; `kinds` of data by the model's input, where it is not the usual one (data.KINDS); the `head` that the model gets
+    where the recipe names none."""
+
+    loss: Callable[..., LossFn]
+    kinds: Mapping[str, data.Kind] = {}
+    head: str | None = None
+
+
+TASKS = {
+    "causal_lm": Task(token_loss),
+    "masked_lm": Task(token_loss),
+    "classification": Task(classification, {"input_ids": data.reading(data.labelled, data.text_shape)}, "sequence_classification"),
+    "contrastive": Task(contrastive),
+}  # fmt: skip
+
+
+def find(name: str) -> Task:
+    """The task of this name, or that of a file: "mine.py:my_task", a Task or a function that makes a loss. Raises ValueError that lists the tasks."""
+    path, _, own = name.rpartition(":")
+    if path.endswith(".py"):
+        if not os.path.exists(path):
+            raise ValueError(f"there is no file {path!r} to take the task {own!r} from")
+        spec = importlib.util.spec_from_file_location(f"tasks_{os.path.basename(path)[:-3]}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(made := getattr(module, own, None)) and not isinstance(made, Task):
+            known = [key for key, value in vars(module).items() if callable(value) or isinstance(value, Task)]
+            raise ValueError(f"{path} has no task {own!r}; {trees.did_you_mean(own, known, 'it has')}")
+        return made if isinstance(made, Task) else Task(made)
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; {trees.did_you_mean(name, TASKS, 'the tasks are')}")
+    return TASKS[name]
 
 
 def create(name: str, model: Model, *, matmul: str | trees.Rules | None = None, **options: Any) -> LossFn:
-    """The task of a recipe by its name. Raises ValueError that lists the tasks.
+    """The loss of a task of a recipe by its name (`find`).
 
     `matmul` "int8" or "fp8" computes the layers' products in 8 bits, rules those of the weights that they match (`low_precision`).
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; {trees.did_you_mean(name, TASKS, 'the tasks are')}")
-    loss_fn = TASKS[name](model, **options)
+    loss_fn = find(name).loss(model, **options)
     rules = [(".*", matmul)] if isinstance(matmul, str) else [(pattern, kind) for pattern, kind in matmul or ()]
     return low_precision(loss_fn, rules, model.axes) if rules else loss_fn

@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bigflax.data.examples import example_batches, find_classes, labelled, many_labelled, scored, text_shape
     from bigflax.data.images import count_classes, image_batches, image_shapes
-    from bigflax.data.kinds import KINDS, Kind
+    from bigflax.data.kinds import KINDS, Kind, reading
     from bigflax.data.loader import Loader, virtual_shards
     from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
     from bigflax.data.pixels import NORMALIZED, channels_first
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
+    "examples": ("example_batches", "find_classes", "labelled", "many_labelled", "scored", "text_shape"),
     "images": ("count_classes", "image_batches", "image_shapes"),
-    "kinds": ("KINDS", "Kind"),
+    "kinds": ("KINDS", "Kind", "reading"),
     "loader": ("Loader", "virtual_shards"),
     "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
     "pixels": ("NORMALIZED", "channels_first"),
@@ -29,8 +31,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
-    "Tokenizer", "byte_tokenizer", "channels_first", "count_classes", "image_batches", "image_shapes", "in_split", "load_tokenizer",
-    "open_source", "record_batches", "sample_texts", "text_batches", "text_shapes", "train_bpe", "virtual_shards",
+    "Tokenizer", "byte_tokenizer", "channels_first", "count_classes", "example_batches", "find_classes", "image_batches",
+    "image_shapes", "in_split", "labelled", "load_tokenizer", "many_labelled", "open_source", "reading", "record_batches",
+    "sample_texts", "scored", "text_batches", "text_shape", "text_shapes", "train_bpe", "virtual_shards",
 ]  # fmt: skip
 
 

@@ -14,7 +14,6 @@ Legend: H height, W width, C channels.
 """
 
 import dataclasses
-import difflib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ import grain
 import jax
 import numpy as np
 
+from bigflax.data.examples import field
 from bigflax.data.loader import Loader
 from bigflax.data.packing import Example
 from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
@@ -54,7 +54,7 @@ class Pictures:
         if "fault" in record:
             return record
         try:
-            return {"image": self._pixels(_field(record, self._image)), "labels": self._class(_field(record, self._label))}
+            return {"image": self._pixels(field(record, self._image)), "labels": self._class(field(record, self._label))}
         except ValueError as error:
             return {"fault": str(error)}
 
@@ -76,13 +76,6 @@ class Pictures:
         if label < 0 or (self._classes is not None and label >= self._classes):
             raise ValueError(f"class {label} is {'below 0' if label < 0 else f'not below the number of classes, {self._classes}'}")
         return np.int32(label)
-
-
-def _field(record: Mapping[str, Any], name: str) -> Any:
-    if name not in record:
-        close = difflib.get_close_matches(name, record, 1, cutoff=0.0)
-        raise ValueError(f"no field {name!r}" + (f", nearest is {close[0]!r}" if close else ""))
-    return record[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Kinds of data that a recipe can have, by the input that its model takes: the model says what it is fed, so a recipe need not."""
+"""Kinds of data that a recipe can have. A model's input says which it is fed, unless the task reads records of its own (tasks.py)."""
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from bigflax.data.images import image_batches, image_shapes
+from bigflax.data.examples import example_batches, find_classes
+from bigflax.data.images import count_classes, image_batches, image_shapes
 from bigflax.data.loader import Loader
 from bigflax.data.pipeline import text_batches, text_shapes
 
@@ -13,19 +15,41 @@ from bigflax.data.pipeline import text_batches, text_shapes
 class Kind(NamedTuple):
     """What is to be known of a kind.
 
-    `batches(sources, ..., split, seed, repeat, mesh, quality)`: its other parameters are the keys of a recipe's data section. `shapes`, of some of
-    these: those of a batch, known without a source. `given`: those that the run fills in. `follows`: fields of the model that follow from the data
-    where the recipe leaves them None. `tokenized`: there is a tokenizer, and text to be sampled and measured.
+    `batches(sources, ..., split, seed, repeat, mesh, quality)`: its other parameters are the keys of a recipe's data section, with those of the
+    `reader`, which gives the function that reads a record where `batches` takes one (examples.py). `shapes`, of some of these: those of a batch,
+    known without a source. `given`: those that the run fills in. `follows`: fields of the model that follow from the data where the recipe leaves
+    them None. `tokenized`: there is a tokenizer; `prose`: and text to be sampled and measured. `classes(sources, data section)`: their names, or
+    how many there are.
     """
 
     batches: Callable[..., Loader]
     shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]
     given: tuple[str, ...]
     follows: tuple[str, ...]
-    tokenized: bool
+    tokenized: bool = False
+    prose: bool = False
+    classes: Callable[..., Any] | None = None
+    reader: Callable[..., Any] | None = None
+
+
+def reading(reader: Callable[..., Any], shapes: Callable[..., Any], *, classes: int | None = None) -> Kind:
+    """The kind whose records this reader reads, of texts; yours is made the same way. Where the reader has `classes` they are found in the records;
+    else that many scores are asked of the model."""
+    named = "classes" in inspect.signature(reader).parameters
+    find = (
+        (lambda sources, data: find_classes(sources, data.label, data.classes))
+        if named
+        else None
+        if classes is None
+        else lambda *_: classes
+    )
+    follows = ("vocab_size", *(("num_labels",) if find else ()))
+    return Kind(example_batches, shapes, ("read", "identity"), follows, True, classes=find, reader=reader)
 
 
 KINDS = {
-    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), True),
-    "pixel_values": Kind(image_batches, image_shapes, ("classes",), ("num_labels", "image_size", "num_channels"), False),
-}
+    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), True, True),
+    "pixel_values": Kind(
+        image_batches, image_shapes, ("classes",), ("num_labels", "image_size", "num_channels"), classes=lambda sources, _: count_classes(sources)
+    ),
+}  # fmt: skip

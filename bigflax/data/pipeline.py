@@ -61,8 +61,8 @@ class Records:
             raise ValueError(
                 f"split={self.split!r}, split_by={self.split_by!r}: expected one of {', '.join(SPLITS)}, and 'name' or 'content'"
             )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction {self.validation_fraction} is outside [0, 1)")
+        if not 0 <= self.validation_fraction <= 1:
+            raise ValueError(f"validation_fraction {self.validation_fraction} is outside [0, 1]")
         self._fruitless = 0  # reads in a row that gave nothing
         if not any(self.chosen(i) for i in range(len(self.source))):
             raise ValueError(

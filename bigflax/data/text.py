@@ -85,6 +85,30 @@ class Tokenizer:
             "attention_mask": np.array([pad([1] * len(row), 0) for row in ids], np.int32).reshape(len(ids), T),
         }
 
+    def row(self, text: str, pair: str | None = None, *, length: int) -> dict[str, np.ndarray]:
+        """{"input_ids", "attention_mask"}, and of a pair "token_type_ids": int32 [length], within the special tokens that the model expects, cut
+        where it is too long, of a pair the longer text first, and padded on the right. Raises ValueError where `length` leaves no room.
+        """
+        parts = self.inner.encode_batch([text] if pair is None else [text, pair], add_special_tokens=False)
+        room = length - self.inner.num_special_tokens_to_add(pair is not None)
+        if room < len(parts):
+            raise ValueError(
+                f"a length of {length} tokens, special ones included, leaves no room for {'a text' if pair is None else 'a pair'}"
+            )
+        parts[0].truncate(max(room - sum(len(part.ids) for part in parts[1:]), (room + 1) // 2 if parts[1:] else room))
+        for part in parts[1:]:
+            part.truncate(room - len(parts[0].ids))
+        whole, out = self.inner.post_process(*parts), {}
+        found = {
+            "input_ids": whole.ids,
+            "attention_mask": [1] * len(whole.ids),
+            **({} if pair is None else {"token_type_ids": whole.type_ids}),
+        }
+        for name, values in found.items():
+            out[name] = np.full(length, self.pad_id if name == "input_ids" else 0, np.int32)
+            out[name][: len(values)] = values
+        return out
+
     def encode_parts(self, text: str, size: int = 16_384) -> Iterator[np.ndarray]:
         """`encode` in parts of about `size` characters, end to end the same ids.
 

@@ -1,0 +1,134 @@
+"""Records with answers as rows: what each reader makes of a record, what it refuses, and that the rows come as they should."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bigflax import data
+from bigflax.data.quality import Quality
+
+BYTES = data.byte_tokenizer()
+CLASSES = ("no", "yes")
+READERS = {  # reader -> a record that is good, and what its labels are
+    "labelled": (data.labelled(BYTES, CLASSES, length=8), {"text": "abc", "label": "yes"}, 1),
+    "labelled by number": (data.labelled(BYTES, CLASSES, length=8), {"text": b"abc", "label": np.array(1)}, 1),
+    "labelled pair": (data.labelled(BYTES, CLASSES, length=8, pair="other"), {"text": "abc", "other": "d", "label": 0}, 0),
+    "many": (data.many_labelled(BYTES, CLASSES, length=8), {"text": "abc", "labels": ["yes"]}, [0, 1]),
+    "many between commas": (data.many_labelled(BYTES, CLASSES, length=8), {"text": "abc", "labels": "yes, no"}, [1, 1]),
+    "none of many": (data.many_labelled(BYTES, CLASSES, length=8), {"text": "abc", "labels": ""}, [0, 0]),
+    "scored": (data.scored(BYTES, length=8), {"text": "abc", "score": "0.5"}, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_row_is_the_text_and_its_label(name):
+    read, record, labels = READERS[name]
+    row = read(record, None)
+    second = record.get("other", "").encode()
+    np.testing.assert_array_equal(row["input_ids"], [*b"abc", *second, *[BYTES.pad_id] * (5 - len(second))])
+    np.testing.assert_array_equal(row["attention_mask"], [1] * (3 + len(second)) + [0] * (5 - len(second)))
+    np.testing.assert_array_equal(row["labels"], labels)
+    assert ("token_type_ids" in row) == ("other" in record)
+
+
+REFUSED = {
+    "no text": ("labelled", {"txt": "a", "label": 0}, "no field 'text', nearest is 'txt'"),
+    "no words": ("labelled", {"text": " ", "label": 0}, "field 'text' is empty"),
+    "a number for a text": ("labelled", {"text": 3, "label": 0}, "field 'text' is int, not text"),
+    "a label out of range": ("labelled", {"text": "a", "label": 2}, "label 2 is none of the 2 classes; the nearest are"),
+    "an unknown label": ("labelled", {"text": "a", "label": "yess"}, "label 'yess' is none of the 2 classes; the nearest are 'yes'"),
+    "one unknown of many": ("many", {"text": "a", "labels": ["no", "maybe"]}, "label 'maybe' is none of the 2 classes"),
+    "no number": ("scored", {"text": "a", "score": "good"}, "score 'good' is no number"),
+    "not finite": ("scored", {"text": "a", "score": "nan"}, "score 'nan' is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    reader, record, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        READERS[reader][0](record, None)
+
+
+ROWS = {  # texts, length -> the texts that are left
+    "one that fits": (("abc", None), 3, b"abc"),
+    "one that is cut": (("abcdef", None), 3, b"abc"),
+    "a pair whose longer one is cut": (("abcdefgh", "xyz"), 8, b"abcdexyz"),
+    "a pair of two long ones": (("abcdefgh", "uvwxyz"), 7, b"abcduvw"),
+    "a pair whose second is cut": (("ab", "uvwxyz"), 7, b"abuvwxy"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_cut_from_the_longer_text(name):
+    texts, length, want = ROWS[name]
+    np.testing.assert_array_equal(BYTES.row(*texts, length=length)["input_ids"], [*want])
+
+
+def test_a_row_has_the_marks_of_its_model(tmp_path):
+    """As tokenizers itself makes them: [CLS] text [SEP] pair [SEP], types 0 and 1; what is cut is cut inside of the marks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[UNK]": 3, "a": 4, "b": 5}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = data.load_tokenizer(tmp_path)
+    row = tokenizer.row("a a a a", "b", length=7)
+    np.testing.assert_array_equal(row["input_ids"], [0, 4, 4, 4, 1, 5, 1])
+    np.testing.assert_array_equal(row["token_type_ids"], [0, 0, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(tokenizer.row("a b", length=6)["input_ids"], [0, 4, 5, 1, 2, 2])
+    with pytest.raises(ValueError, match="a length of 3 tokens, special ones included, leaves no room for a pair"):
+        tokenizer.row("a", "b", length=3)
+
+
+def lines(tmp_path, records):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return data.open_source("jsonl", path=str(tmp_path / "rows.jsonl"))
+
+
+def test_every_good_record_comes_once_and_the_bad_ones_are_named(tmp_path):
+    source = lines(tmp_path, [{"text": chr(97 + i), "label": "yes" if i % 2 else "no"} for i in range(10)] + [{"text": "z", "label": "maybe"}])
+    quality = Quality(field=None)
+    read = data.labelled(BYTES, CLASSES, length=4)
+    with data.example_batches(source, read, batch_size=4, split="all", repeat=False, quality=quality) as batches:
+        rows = [row for batch in batches for row in zip(np.asarray(batch["input_ids"])[:, 0], np.asarray(batch["labels"]), strict=True)]
+    assert sorted((int(a), int(b)) for a, b in rows if b != -100) == [(97 + i, i % 2) for i in range(10)]
+    assert [*quality.bad] == ["rows.jsonl:11"]
+    assert quality.bad["rows.jsonl:11"].startswith("label 'maybe' is none of the 2 classes; the nearest are")
+
+
+def test_what_a_reader_draws_resumes(tmp_path):
+    """The generator follows from (seed, epoch, index): the same rows after a restart, others in the next epoch, none outside of training."""
+    source = lines(tmp_path, [{"text": chr(97 + i)} for i in range(8)])
+
+    def read(record, rng):
+        return {"draw": np.int64(-1 if rng is None else rng.integers(1 << 40)), "letter": np.int32(ord(record["text"]))}
+
+    open_ = lambda **more: data.example_batches(source, read, batch_size=4, validation_fraction=0.0, **more)
+    values = lambda batch: dict(zip(np.asarray(batch["letter"]).tolist(), np.asarray(batch["draw"]).tolist(), strict=True))
+    with open_() as batches:
+        first = values(next(batches)) | values(next(batches))
+        position = batches.state()
+        second = values(next(batches)) | values(next(batches))
+    with open_() as batches:
+        batches.restore(position)
+        assert values(next(batches)) | values(next(batches)) == second
+    assert first.keys() == second.keys() and not set(first.values()) & set(second.values())
+    with open_(split="all", repeat=False) as batches:
+        assert {*values(next(batches)).values()} == {-1}
+
+
+def test_classes_are_found_in_order(tmp_path):
+    records = [{"text": "a", "label": label, "labels": labels} for label, labels in [("b", ["x"]), ("a", ["y", "x"]), ("b", [])]]
+    assert data.find_classes([lines(tmp_path, records)], "label") == ("a", "b")
+    assert data.find_classes([lines(tmp_path, records)], "labels") == ("x", "y")
+    assert data.find_classes([lines(tmp_path, records)], "label", ("b", "a")) == ("b", "a")
+    assert data.find_classes([lines(tmp_path, [{"label": i} for i in (10, 9, 1)])], "label") == ("1", "9", "10")
+    with pytest.raises(ValueError, match="no record is of class 'c'; the field 'label' has 'b', 'a'"):
+        data.find_classes([lines(tmp_path, records)], "label", ("a", "b", "c"))
+    with pytest.raises(ValueError, match="the field 'labl' of the records holds nothing; to tell classes apart takes 2 or more"):
+        data.find_classes([lines(tmp_path, records)], "labl")

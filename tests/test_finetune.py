@@ -1,0 +1,134 @@
+"""Fine-tuning by recipe: published weights, labelled text, a task of one's own, repeated seeds."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import bigflax
+from bigflax import data, models, recipes, runs, tasks
+from bigflax.main import main
+
+WORDS = {"animals": "cat dog horse cow sheep".split(), "colours": "red green blue white black".split()}
+
+
+def rows(n, seed):
+    """Five words of one topic among five of no topic."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        topic = [*WORDS][i % 2]
+        words = [*rng.choice(WORDS[topic], 3), *rng.choice(["the", "a", "of", "and", "in"], 3)]
+        yield {"text": " ".join(rng.permutation(words)), "topic": topic}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with published weights, a tiny BERT whose tokenizer is beside it, and labelled text."""
+    home = tmp_path_factory.mktemp("finetune")
+    for name, n in {"train": 96, "test": 40}.items():
+        (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, n)))
+    tokenizer = data.train_bpe((row["text"] for row in rows(200, 0)), 300)
+    model = models.create("bert", size="tiny", vocab_size=tokenizer.vocab_size, head=None)
+    bigflax.save(model, model.init(jax.random.key(0)), str(home / "published"))
+    tokenizer.save(home / "published")
+    return home
+
+
+def recipe(home, **sections):
+    said = dict(
+        work=str(home / "work"), model=dict(source=str(home / "published")), task=dict(name="classification"), optimizer=dict(lr=3e-3),
+        data=dict(source=dict(kind="jsonl", path=str(home / "train.jsonl")), validation=dict(kind="jsonl", path=str(home / "test.jsonl")),
+                  label="topic", length=16, batch_size=16), fit=dict(epochs=2, log_every=4),
+    )  # fmt: skip
+    for name, section in sections.items():
+        said[name] = {**said.get(name, {}), **section} if isinstance(section, dict) else section
+    return ConfigDict(said)
+
+
+def test_the_recipe_follows_from_the_weights_the_task_and_the_data(home):
+    config = recipes.resolve(recipe(home))
+    assert (config.model.name, config.model.head, config.model.num_labels) == ("bert", "sequence_classification", None)
+    assert config.tokenizer.kind == "file" and config.model.hidden_size == models.create("bert", size="tiny").config["hidden_size"]
+    assert "max_line" not in config.data and "sample" not in config and config.data.text == "text"
+    run = runs.Run(config)
+    assert run.classes == ("animals", "colours") and run.fields["num_labels"] == 2
+    assert run.steps == 12 and run.fit_options()["eval_every"] == 6
+
+
+def test_training_begins_with_the_published_weights(home):
+    run = runs.Run(recipes.resolve(recipe(home, mesh=dict(data=2, fsdp=2, tensor=2))))
+    state, (_, published) = run.init_state(), bigflax.load(str(home / "published"))
+    for part in ("embed", "blocks"):
+        jax.tree.map(np.testing.assert_array_equal, state.params[part], published[part])
+    assert state.params["head"]["scores"]["w"].shape[-1] == 2
+    assert jax.tree.map(lambda x: (x.shape, x.sharding), state) == jax.tree.map(lambda x: (x.shape, x.sharding), run.state_like())
+
+
+def test_it_learns_and_says_so(home, capsys):
+    assert runs.train_run(recipes.resolve(recipe(home, work=str(home / "learns"), fit=dict(epochs=6)))) == 0
+    assert "2 classes" in capsys.readouterr().out
+    summary = json.loads((home / "learns" / "summary.json").read_text())
+    assert summary["eval/accuracy"] >= 0.9 and summary["steps"] == 36  # 0.5 by chance
+
+
+OWN = """
+from bigflax import data, losses, tasks
+from bigflax.metrics import Mean
+
+def half(model, *, share=0.5):
+    loss_fn = tasks.classification(model)
+    def scaled(params, batch, rng=None):
+        loss, metrics = loss_fn(params, batch, rng)
+        return Mean(loss.total * share, loss.count), metrics
+    return scaled
+
+def shout(tokenizer, classes, *, length, label="label"):
+    read = data.labelled(tokenizer, classes, length=length, label=label)
+    return lambda record, rng=None: read({**record, "text": record["text"].upper()}, rng)
+
+loud = tasks.Task(half, {"input_ids": data.reading(shout, data.text_shape)}, "sequence_classification")
+"""
+
+
+def test_a_task_of_ones_own(home):
+    (home / "mine.py").write_text(OWN)
+    task = dict(name=f"{home}/mine.py:loud", share=0.25)
+    run = runs.Run(recipes.resolve(recipe(home, task=task)))
+    batch = next(run.loader("train"))
+    plain = runs.Run(recipes.resolve(recipe(home)))
+    params = run.init_state().weights
+    loss, other = run.loss_fn(params, batch)[0], plain.loss_fn(params, batch)[0]
+    assert float(loss.total) == pytest.approx(float(other.total) / 4, rel=1e-6)
+    assert run.tokenizer.decode(np.asarray(batch["input_ids"])[0]).isupper()
+
+
+MISTAKES = {
+    "weights of another family": (dict(model=dict(name="gpt2")), "holds a bert, not the gpt2 that model.name says"),
+    "a size beside weights": (dict(model=dict(size="tiny")), "has a size of its own; leave out model.size 'tiny'"),
+    "no such folder": (dict(model=dict(source="nowhere")), "there is no folder 'nowhere', and a hub id is written owner/name"),
+    "no such file of tasks": (dict(task=dict(name="nowhere.py:mine")), "there is no file 'nowhere.py' to take the task 'mine' from"),
+    "no such field": (dict(data=dict(label="topik")), "the field 'topik' of the records holds nothing"),
+    "a class without a record": (dict(data=dict(classes=("animals", "colours", "plants"))), "no record is of class 'plants'"),
+    "another vocabulary": (dict(tokenizer=dict(kind="bpe", vocab_size=400)), "model.vocab_size 300 is smaller than the tokenizer's"),
+    "longer than the positions": (dict(data=dict(length=600)), "600 tokens are more than the .* learned positions"),
+    "a label for packed text": (dict(task=dict(name="masked_lm")), "unknown key 'data.label' in the recipe"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_sentence(case, home, tmp_path, capsys):
+    sections, message = MISTAKES[case]
+    config = recipe(home, work=str(tmp_path), **sections)
+    (tmp_path / "recipe.py").write_text(f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({config.to_dict()!r})\n")
+    assert main(["train", f"--config={tmp_path}/recipe.py", "--cache="]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_tasks_of_a_file_are_found_by_name(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    assert tasks.find(f"{tmp_path}/mine.py:half").head is None
+    with pytest.raises(ValueError, match="has no task 'lout'; .*'loud'"):
+        tasks.find(f"{tmp_path}/mine.py:lout")
