@@ -1,16 +1,25 @@
 """What a step says about itself: means that know their counts, and the rates of an interval.
 
-A metric is a scalar or a `Mean(total, count)`. Means add, so micro-batches, hosts and evaluation batches are weighed by what they count
-(tokens, examples), not equally. An interval of training becomes one flat record, `{"loss": 2.31, "tokens_per_second": 21400.0, ...}`,
-which writers.py writes down.
+A metric is a scalar or `Sums`: arrays that add with those of other rows, and a `value` made of them in the end. So micro-batches, hosts and
+evaluation batches are weighed by what they count (tokens, examples), not equally, and what is no mean of rows comes out as over all of them:
+
+    Mean           total / count
+    F1             2 hit / (said + true) of classes, by their counts; van Rijsbergen 1979
+    Matthews       the correlation of predicted and true classes, by the same counts; Gorodkin 2004, equation 8
+    Correlation    Pearson's, of two numbers a row, by their sums and squares
+
+An interval of training becomes one flat record, `{"loss": 2.31, "tokens_per_second": 21400.0, ...}`, which writers.py writes down.
 
 MFU = model FLOPs a second / peak FLOP/s of all devices (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): recomputation does not count.
 `data_stall` is the share of wall time in which the step waited for its batch.
-Left out on purpose: a registry of metrics and running averages. A metric is what the loss returns; smoothing belongs to who looks.
+Left out on purpose: a registry of metrics and running averages. A metric is what the loss returns; smoothing belongs to who looks. And what needs
+all rows at once: ranks (Spearman, areas under curves) and scores of corpora of text.
 """
 
 import dataclasses
+import functools
 import itertools
+import operator
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +29,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigflax.losses import IGNORE
+from bigflax.sharding import constrain
+
+
+class Sums:
+    """A metric in the making: a registered dataclass whose arrays are sums over rows, so that two add leaf by leaf, and whose `value` is a scalar.
+
+    A loss may return any among its metrics; the loss itself is a Mean. A class of your own needs no more than its fields and a `value` that
+    computes on the host as on the device (`_floats`).
+    """
+
+    def __add__(self, other: Any) -> Any:
+        return jax.tree.map(operator.add, self, other)
+
+    @property
+    def value(self) -> Any:
+        raise NotImplementedError
+
+
+def _floats(*sums: Any) -> tuple[Any, ...]:
+    """NumPy or jax.numpy, whichever the arrays are of, and the arrays: in float64 on the host, float32 on the device, where counts may be integers
+    whose squares are too large for one."""
+    xp = jnp if any(isinstance(x, jax.Array) for x in sums) else np
+    return xp, *(xp.asarray(x, float) for x in sums)
+
+
+def _ratio(xp: Any, over: Any, under: Any, empty: float = np.nan) -> Any:
+    """over / under; `empty` where under is 0, without a warning and without a nan in the gradient."""
+    return xp.where(under == 0, empty, over / xp.where(under == 0, 1, under))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(Sums):
     """A mean in the making: `total / count`. Both are scalars (or equal shapes, under vmap and scan)."""
 
     total: Any
@@ -41,40 +80,121 @@ class Mean:
         weights = jnp.broadcast_to(jnp.asarray(weights).astype(jnp.float32), values.shape)
         return cls(jnp.sum(jnp.where(weights == 0, 0, values) * weights), jnp.sum(weights))
 
-    def __add__(self, other: "Mean") -> "Mean":
-        return Mean(self.total + other.total, self.count + other.count)
-
     @property
     def value(self) -> Any:
         """total / count; nan where nothing was counted, without a warning and without a nan in the gradient."""
         xp = jnp if isinstance(self.total, jax.Array) or isinstance(self.count, jax.Array) else np
-        empty = self.count == 0
-        return xp.where(empty, xp.nan, self.total / xp.where(empty, 1, self.count))
+        return _ratio(xp, self.total, self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts(Sums):
+    """How often each of C classes was predicted and right, predicted (`said`), and there (`true`): [C] each, or scalars for a class alone.
+
+    Of what is no single class a row (several labels, spans of text) count them yourself: `F1((said & true).sum(0), said.sum(0), true.sum(0))`.
+    """
+
+    hit: Any
+    said: Any
+    true: Any
+
+    @classmethod
+    def of(cls, predicted: jax.Array, labels: jax.Array, classes: int, mask: jax.Array | None = None, **options: Any) -> Any:
+        """Of class numbers of any equal shapes. Label -100 does not count, nor does what `mask` calls False; predictions beyond the classes are wrong."""
+        real = (labels != IGNORE) if mask is None else (labels != IGNORE) & (mask != 0)
+        rows = lambda which, real: (which[..., None] == jnp.arange(classes)) & real[..., None]
+        counted = lambda which, real: constrain(
+            jnp.sum(rows(which, real).reshape(-1, classes), 0), None
+        )  # whole on every host, which reads it
+        return cls(counted(labels, real & (predicted == labels)), counted(predicted, real), counted(labels, real), **options)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["hit", "said", "true"], meta_fields=["average"])
+@dataclasses.dataclass(frozen=True)
+class F1(Counts):
+    """2 hit / (said + true), the harmonic mean of precision and recall: "macro" of each class, averaged over those that were said or true;
+    "micro" of all classes' counts together, which is the accuracy where each row has one class. nan where there is none."""
+
+    average: str = "macro"
+
+    def __post_init__(self):
+        if self.average not in ("macro", "micro"):
+            raise ValueError(f"F1 has no average {self.average!r}; there are 'macro' and 'micro'")
+
+    @property
+    def value(self) -> Any:
+        xp, hit, said, true = _floats(self.hit, self.said, self.true)
+        if self.average == "micro":
+            return _ratio(xp, 2 * hit.sum(), (said + true).sum())
+        return _ratio(xp, _ratio(xp, 2 * hit, said + true, 0.0).sum(), (said + true > 0).sum())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matthews(Counts):
+    """(n right - sum_c said_c true_c) / sqrt((n^2 - sum_c said_c^2) (n^2 - sum_c true_c^2)), from -1 to 1; 0 where all rows are of one class or
+    said to be, nan where there are none."""
+
+    @property
+    def value(self) -> Any:
+        xp, hit, said, true = _floats(self.hit, self.said, self.true)
+        n = true.sum()
+        share = lambda counts: _ratio(xp, counts, n)  # of one: squares of counts leave float32's digits
+        spread = lambda p: xp.maximum(1 - (p**2).sum(), 0)
+        said, true = share(said), share(true)
+        return _ratio(xp, share(hit).sum() - (said * true).sum(), xp.sqrt(spread(said) * spread(true)), 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Correlation(Sums):
+    """Pearson's correlation of x and y by six sums. nan where one of them does not vary."""
+
+    count: Any
+    x: Any
+    y: Any
+    xx: Any
+    yy: Any
+    xy: Any
+
+    @classmethod
+    def of(cls, x: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> "Correlation":
+        """Of numbers of any equal shapes, those that `mask` calls False left out. A batch's sums are float32: numbers whose mean is m times their
+        deviation lose m^2 2^-24 of them, so subtract a constant from what is far from zero."""
+        real = jnp.ones(x.shape, bool) if mask is None else mask != 0
+        x, y = (jnp.where(real, v.astype(jnp.float32), 0) for v in (x, y))
+        return cls(jnp.sum(real), *(jnp.sum(v) for v in (x, y, x * x, y * y, x * y)))
+
+    @property
+    def value(self) -> Any:
+        xp, n, x, y, xx, yy, xy = _floats(self.count, self.x, self.y, self.xx, self.yy, self.xy)
+        spread = lambda v, vv: xp.maximum(n * vv - v * v, 0)
+        return _ratio(xp, n * xy - x * y, xp.sqrt(spread(x, xx) * spread(y, yy)))
 
 
 Metrics = Mapping[str, Any]
 
 
-def combine(metrics: Iterable[Metrics]) -> dict[str, Mean]:
-    """The Means of several steps as one, on the host and in float64; a scalar counts once a step.
+def combine(metrics: Iterable[Metrics]) -> dict[str, Any]:
+    """The Sums of several steps as one, on the host and in float64; a scalar counts once a step, as a Mean.
 
-    A key that only some steps have is the mean over those. Of a generator of steps one runs ahead, no more: the device is never idle,
+    A key that only some steps have is made of those. Of a generator of steps one runs ahead, no more: the device is never idle,
     and batches do not pile up in its memory.
     """
-    out: dict[str, Mean] = {}
+    out: dict[str, Any] = {}
     before: Metrics = {}
     for one in itertools.chain(metrics, [{}]):
         for key, value in jax.device_get(dict(before)).items():
-            mean = value if isinstance(value, Mean) else Mean(value, 1)
-            mean = Mean(float(mean.total), float(mean.count))
-            out[key] = out[key] + mean if key in out else mean
+            sums = value if isinstance(value, Sums) else Mean(value, 1)
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64)[()], sums)
+            out[key] = out[key] + sums if key in out else sums
         before = one
     return out
 
 
 def as_floats(metrics: Metrics) -> dict[str, float]:
-    """Python floats of scalars and Means; all values leave the device together."""
-    return {key: float(v.value if isinstance(v, Mean) else v) for key, v in jax.device_get(dict(metrics)).items()}
+    """Python floats of scalars and Sums; all values leave the device together."""
+    return {key: float(v.value if isinstance(v, Sums) else v) for key, v in jax.device_get(dict(metrics)).items()}
 
 
 def memory_bytes(devices: Sequence[Any] | None = None) -> int:

@@ -6,10 +6,9 @@
         state, metrics = step(state, batch)
 
 `loss_fn(params, batch, rng)` returns a loss, `(loss, metrics)`, or `(loss, metrics, updates)`. Loss and metrics are scalars or
-`Mean(total, count)`; with a Mean, the gradient is that of sum(total) / sum(count) over all micro-batches and hosts, however unevenly tokens
-fall on them. The state's randomness is
-a function of (seed, step), so a resumed run needs no key. Nothing here knows of Flax: `init` is any function from a key to a tree of arrays,
-or such a tree.
+`Mean(total, count)`, metrics any `Sums` (metrics.py); with a Mean, the gradient is that of sum(total) / sum(count) over all micro-batches and
+hosts, however unevenly tokens fall on them. The state's randomness is a function of (seed, step), so a resumed run needs no key. Nothing here
+knows of Flax: `init` is any function from a key to a tree of arrays, or such a tree.
 
 What trains and what is frozen are two trees: `state.params` is differentiated and optimized; `state.frozen` rides beside it with None where
 the other has a weight. Integer leaves, quantized weights, and with `axes` what these call a "statistic", are always frozen. `updates`, {leaf
@@ -33,7 +32,7 @@ import optax
 from bigflax import optim, pipeline, trees, xla
 from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
-from bigflax.metrics import Mean, Meter, as_floats, combine
+from bigflax.metrics import Mean, Meter, Sums, as_floats, combine
 from bigflax.sharding import NOWHERE, TABLE, Table, make_mesh, replicated, shardings, tracing_on
 from bigflax.topology import StandIn
 from bigflax.weights import trainable
@@ -194,7 +193,7 @@ def _as_frozen(updates: Mapping[str, jax.Array], state: State, where: Any) -> di
     return found
 
 
-def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple[Any, Mean, dict[str, Mean], dict[str, jax.Array]]:
+def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple[Any, Mean, dict[str, Any], dict[str, jax.Array]]:
     """Gradient of the mean loss over the whole batch, the loss, its metrics, and updates; micro-batch i holds the rows i, i + accumulate, ..."""
 
     def total(params, batch, rng):
@@ -230,10 +229,10 @@ def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def split_loss(result: Any) -> tuple[Mean, dict[str, Mean], dict[str, jax.Array]]:
+def split_loss(result: Any) -> tuple[Mean, dict[str, Any], dict[str, jax.Array]]:
     """`loss`, `(loss, metrics)` or `(loss, metrics, updates)` as the last of these, each scalar of the first two made a Mean of count 1."""
     loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
-    mean = lambda x: x if isinstance(x, Mean) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
+    mean: Callable[[Any], Any] = lambda x: x if isinstance(x, Sums) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
     return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
 
 
@@ -259,7 +258,7 @@ def forward_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any, mesh: j
 
 def eval_step(
     loss_fn: Callable[..., Any], mesh: jax.sharding.Mesh | None = None, table: Table = TABLE
-) -> Callable[[Any, Any], dict[str, Mean]]:
+) -> Callable[[Any, Any], dict[str, Any]]:
     """The compiled `(weights, batch) -> {"loss": Mean, ...}`, without randomness."""
 
     @jax.jit
@@ -272,7 +271,7 @@ def eval_step(
 
 
 def evaluate(
-    step: Callable[[Any, Any], dict[str, Mean]], params: Any, batches: Iterable[Any], *, limit: int | None = None
+    step: Callable[[Any, Any], dict[str, Any]], params: Any, batches: Iterable[Any], *, limit: int | None = None
 ) -> dict[str, float]:
     """The metrics of `step` over all batches (or the first `limit`), every token or example weighing the same."""
     return as_floats(combine(step(params, batch) for batch in itertools.islice(batches, limit)))

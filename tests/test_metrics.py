@@ -1,47 +1,126 @@
-"""Means weigh by their counts, whatever way they were split; rates are what the clock says."""
+"""Sums come out as over all rows, whatever way they were split; rates are what the clock says. A new kind of Sums joins SUMS and gets every law."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from bigflax.metrics import Mean, Meter, as_floats, combine, memory_bytes
+from bigflax import make_mesh, sharding, train
+from bigflax.metrics import F1, Correlation, Matthews, Mean, Meter, Sums, as_floats, combine, memory_bytes
 
 VALUES = np.random.default_rng(0).normal(size=24).astype(np.float32)
 WEIGHTS = np.r_[np.zeros(7), np.ones(10), np.full(7, 0.5)].astype(np.float32)
 
-SPLITS = {  # how 24 weighed values reach the sum: parts of unequal counts, some of them empty
-    "whole": lambda: Mean.of(VALUES, WEIGHTS),
-    "added": lambda: sum_of(Mean.of(VALUES[s], WEIGHTS[s]) for s in (slice(0, 5), slice(5, 8), slice(8, 24))),
-    "combined on the host": lambda: combine([{"m": Mean.of(VALUES[i : i + 4], WEIGHTS[i : i + 4])} for i in range(0, 24, 4)])["m"],
-    "scanned": lambda: scanned(VALUES.reshape(4, 6), WEIGHTS.reshape(4, 6)),
-    "sharded": lambda: jax.jit(Mean.of)(*(jax.device_put(x, sharded()) for x in (VALUES, WEIGHTS))),
-    "vmapped": lambda: jax.tree.map(jnp.sum, jax.vmap(Mean.of)(VALUES.reshape(4, 6), WEIGHTS.reshape(4, 6))),
+X, Y = VALUES, (0.5 * VALUES + np.random.default_rng(1).normal(size=24)).astype(np.float32)
+CLASSES = np.random.default_rng(2).choice(5, (2, 24), p=[0.4, 0.3, 0.2, 0.1, 0.0])  # nobody says or is the fifth
+CLASSES[0] = np.where(np.random.default_rng(3).random(24) < 0.5, CLASSES[1], CLASSES[0])
+LABELS = np.where(WEIGHTS == 0, -100, CLASSES[1])
+REAL = WEIGHTS > 0
+
+
+def f1_by_hand(average):
+    said, true = (np.eye(5)[classes][REAL] for classes in CLASSES)
+    hit = (said * true).sum(0)
+    precision, recall = (np.divide(hit, n, np.zeros(5), where=n > 0) for n in (said.sum(0), true.sum(0)))
+    each = np.divide(2 * precision * recall, precision + recall, np.zeros(5), where=precision + recall > 0)
+    return each[(said + true).sum(0) > 0].mean() if average == "macro" else np.mean(CLASSES[0][REAL] == CLASSES[1][REAL])
+
+
+def matthews_by_hand():
+    """The covariance of one-hot rows, summed over classes, over the square root of the product of their variances."""
+    said, true = (np.eye(5)[classes][REAL] for classes in CLASSES)
+    cov = lambda a, b: ((a - a.mean(0)) * (b - b.mean(0))).sum()
+    return cov(said, true) / np.sqrt(cov(said, said) * cov(true, true))
+
+
+# name -> of rows, the rows, the value by its definition over all of them in float64
+SUMS = {
+    "mean": (Mean.of, (VALUES, WEIGHTS), (VALUES.astype(float) * WEIGHTS).sum() / WEIGHTS.sum()),
+    "macro f1": (lambda p, t: F1.of(p, t, 5), (CLASSES[0], LABELS), f1_by_hand("macro")),
+    "micro f1": (lambda p, t, m: F1.of(p, t, 5, m, average="micro"), (CLASSES[0], CLASSES[1], REAL), f1_by_hand("micro")),
+    "matthews": (lambda p, t: Matthews.of(p, t, 5), (CLASSES[0], LABELS), matthews_by_hand()),
+    "correlation": (Correlation.of, (X, Y, REAL), np.corrcoef(X[REAL], Y[REAL])[0, 1]),
+}
+SPLITS = {  # how 24 rows reach the sum: parts of unequal counts, some of them empty
+    "whole": lambda of, rows: of(*rows),
+    "added": lambda of, rows: sum_of(of(*(r[s] for r in rows)) for s in (slice(0, 5), slice(5, 8), slice(8, 24))),
+    "combined on the host": lambda of, rows: combine([{"m": of(*(r[i : i + 4] for r in rows))} for i in range(0, 24, 4)])["m"],
+    "scanned": lambda of, rows: scanned(of, [r.reshape(4, 6) for r in rows]),
+    "sharded": lambda of, rows: jax.jit(of)(*(jax.device_put(r, sharded()) for r in rows)),
+    "vmapped": lambda of, rows: jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(of)(*(r.reshape(4, 6) for r in rows))),
+    "accumulated": lambda of, rows: stepped(of, rows, trains=True),
+    "evaluated": lambda of, rows: stepped(of, rows, trains=False),
 }
 
 
-def sum_of(means):
-    first, *rest = means
-    for mean in rest:
-        first = first + mean
+def sum_of(sums):
+    first, *rest = sums
+    for one in rest:
+        first = first + one
     return first
 
 
-def scanned(values, weights):
-    add = lambda total, vw: (total + Mean.of(*vw), None)
-    return jax.jit(lambda v, w: jax.lax.scan(add, Mean(jnp.zeros(()), jnp.zeros(())), (v, w))[0])(values, weights)
+def scanned(of, rows):
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, *(r[0] for r in rows)))
+    add = lambda total, parts: (total + of(*parts), None)
+    return jax.jit(lambda *rows: jax.lax.scan(add, start, rows)[0])(*map(jnp.asarray, rows))
 
 
 def sharded():
     return jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.sharding.PartitionSpec("data"))
 
 
-@pytest.mark.parametrize("name", SPLITS)
-def test_mean_does_not_depend_on_the_split(name):
-    want = (VALUES.astype(float) * WEIGHTS).sum() / WEIGHTS.sum()
-    np.testing.assert_allclose(as_floats({"m": SPLITS[name]()})["m"], want, rtol=24 * np.finfo(np.float32).eps)  # 24 float32 additions
+def stepped(of, rows, *, trains):
+    """Among the metrics of a step of three micro-batches over eight devices, or of an evaluation on them in two batches."""
+    mesh = make_mesh(data=8)
+    loss_fn = lambda params, batch, rng: (jnp.sum(params["w"]), {"m": of(*batch)})
+    state = train.init_state({"w": jnp.ones(3)}, optax.sgd(0.1), mesh=mesh)
+    put = lambda part: jax.device_put(tuple(r[part] for r in rows), sharding.batch_sharding(mesh))
+    if trains:
+        return train.train_step(loss_fn, optax.sgd(0.1), state, accumulate=3)(state, put(slice(None)))[1]["m"]
+    return train.evaluate(train.eval_step(loss_fn, mesh), state.weights, [put(slice(0, 8)), put(slice(8, 24))])["m"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_do_not_depend_on_the_split(kind, split):
+    of, rows, want = SUMS[kind]
+    got = SPLITS[split](of, tuple(map(jnp.asarray, rows)))
+    np.testing.assert_allclose(as_floats({"m": got})["m"], want, rtol=24 * np.finfo(np.float32).eps)  # 24 float32 additions
+    if isinstance(got, Sums):  # a loop of your own may ask on the device
+        np.testing.assert_allclose(float(got.value), want, rtol=4 * 24 * np.finfo(np.float32).eps)  # then products of them too
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_nothing_counted_is_nan(kind):
+    of, rows, _ = SUMS[kind]
+    none = of(*(jnp.full_like(r, -100 if kind in ("macro f1", "matthews") else 0) for r in map(jnp.asarray, rows)))
+    assert math.isnan(none.value) and math.isnan(as_floats({"m": none})["m"])
+
+
+def test_classes_that_do_not_vary():
+    """Where everybody is of one class, the correlation is 0 and the F1 that class's alone."""
+    same = jnp.zeros(4, jnp.int32)
+    assert (float(Matthews.of(same, same, 3).value), float(F1.of(same, same, 3).value)) == (0.0, 1.0)
+    assert math.isnan(Correlation.of(jnp.ones(4), jnp.arange(4.0)).value)
+    with pytest.raises(ValueError, match="no average 'weighted'; there are 'macro' and 'micro'"):
+        F1.of(same, same, 3, average="weighted")
+
+
+def test_counts_of_several_labels_and_of_one_class():
+    said, true = jnp.array([[1, 1, 0], [0, 1, 0]]), jnp.array([[1, 0, 0], [0, 1, 1]])
+    several = F1((said & true).sum(0), said.sum(0), true.sum(0))
+    np.testing.assert_allclose(float(several.value), np.mean([1, 2 / 3, 0]), rtol=1e-6)
+    assert float(F1(jnp.int32(3), jnp.int32(4), jnp.int32(5)).value) == pytest.approx(6 / 9)
+
+
+def test_counts_beyond_what_an_integer_squares():
+    for xp in (np, jnp):
+        n = xp.array([2**30, 2**29], xp.int32)
+        assert float(Matthews(n, n, n).value) == float(F1(n, n, n).value) == pytest.approx(1.0)
 
 
 def test_nothing_counted_is_nan_and_its_gradient_zero():
