@@ -78,7 +78,7 @@ class Run:
     def check(self) -> None:
         """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
         sharding.check_batch(self.config.data.batch_size, self.mesh)
-        assert self.held_out
+        self.split("train"), self.split("validation")
         optim.make(**self.config.optimizer, steps=self.steps, axes={})
 
     def records(self, split: str) -> list[data.Records]:
@@ -127,7 +127,9 @@ class Run:
         # one pass packs its rows best as one shard, which is its default
         here = ("workers", "shards") if self.kind.prose and split != "train" else ()
         sources, part = self.split(split)
-        options = _options(self.config.data, "source", "validation", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here)
+        options = _options(
+            self.config.data, "source", "validation", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
+        )
         given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
         if self.kind.reader is not None:
             mine = {name: options.pop(name) for name in inspect.signature(self.kind.reader).parameters if name in options}

@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bigflax import data, losses, ops, trees
-from bigflax.metrics import Mean
+from bigflax.metrics import F1, Correlation, Mean
 from bigflax.nn import Model
 from bigflax.weights import rounded
 
@@ -63,23 +64,58 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
 
 
 def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metric: `accuracy`.
+    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metrics: `accuracy`, `macro_f1`.
 
     Running statistics that the model gives back (convnet.py) go on to the step.
     """
 
     def loss_fn(params, batch, rng=None):
-        labels_B = batch["labels"]
-        out = model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
-        if getattr(out.get("logits"), "ndim", 0) != 2:
-            raise ValueError(f"classification needs a model with a head for it, logits [B, C]; this one gives {', '.join(out)}")
-        logits, real_B = out["logits"], labels_B != IGNORED
-        count = jnp.sum(real_B)
-        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), count)
-        metrics = {"accuracy": Mean(jnp.sum((jnp.argmax(logits, -1) == labels_B) & real_B), count)}
+        labels_B, (logits, out) = batch["labels"], _scores(model, params, batch, rng)
+        real_B, chosen_B = labels_B != IGNORED, jnp.argmax(logits, -1)
+        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), jnp.sum(real_B))
+        metrics = {
+            "accuracy": Mean.of(chosen_B == labels_B, real_B),
+            "macro_f1": F1.of(chosen_B, labels_B, logits.shape[-1], real_B),
+        }
         return (loss, metrics, out["updates"]) if "updates" in out else (loss, metrics)
 
     return loss_fn
+
+
+def multi_label(model: Model, *, threshold: float = 0.5) -> LossFn:
+    """Binary cross-entropy of each score of `logits` [B, C] with `labels` [B, C] of zeros and ones, the mean over classes. Metrics, of what
+    has a chance above `threshold`: `micro_f1`, `macro_f1`, and `accuracy`, how often a row is right in all classes."""
+
+    def loss_fn(params, batch, rng=None):
+        labels_BC, (logits, _) = batch["labels"], _scores(model, params, batch, rng)
+        real_B = labels_BC[:, 0] != IGNORED
+        said_BC, true_BC = (jax.nn.sigmoid(logits.astype(jnp.float32)) > threshold) & real_B[:, None], labels_BC == 1
+        loss = Mean.of(losses.binary_cross_entropy(logits, jnp.maximum(labels_BC, 0)).mean(-1), real_B)
+        sums = [jnp.sum(x, 0, dtype=jnp.float32) for x in (said_BC & true_BC, said_BC, true_BC)]
+        f1 = {f"{average}_f1": F1(*sums, average=average) for average in ("micro", "macro")}
+        return loss, {**f1, "accuracy": Mean.of(jnp.all(said_BC == true_BC, -1), real_B)}
+
+    return loss_fn
+
+
+def regression(model: Model) -> LossFn:
+    """Squared error of the one score of `logits` [B, 1] against `labels` [B]. Metrics: `mae`, and `pearson`, the correlation of the two."""
+
+    def loss_fn(params, batch, rng=None):
+        labels_B, (logits, _) = batch["labels"], _scores(model, params, batch, rng)
+        score_B, real_B = logits[:, 0].astype(jnp.float32), labels_B != IGNORED
+        metrics = {"mae": Mean.of(jnp.abs(score_B - labels_B), real_B), "pearson": Correlation.of(score_B, labels_B, real_B)}
+        return Mean.of(losses.mse(score_B, labels_B), real_B), metrics
+
+    return loss_fn
+
+
+def _scores(model: Model, params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
+    """(logits [B, C], all outputs). Raises ValueError where the model gives no such scores."""
+    out = model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
+    if getattr(out.get("logits"), "ndim", 0) != 2:
+        raise ValueError(f"classification needs a model with a head for it, logits [B, C]; this one gives {', '.join(out)}")
+    return out["logits"], out
 
 
 def contrastive(model: Model) -> LossFn:
@@ -129,12 +165,15 @@ class Task(NamedTuple):
     head: str | None = None
 
 
+SCORES = "sequence_classification"
 TASKS = {
     "causal_lm": Task(token_loss),
     "masked_lm": Task(token_loss),
-    "classification": Task(classification, {"input_ids": data.reading(data.labelled, data.text_shape)}, "sequence_classification"),
+    "classification": Task(classification, {"input_ids": data.reading(data.labelled, data.labelled_shapes)}, SCORES),
+    "multi_label": Task(multi_label, {"input_ids": data.reading(data.many_labelled, data.many_labelled_shapes)}, SCORES),
+    "regression": Task(regression, {"input_ids": data.reading(data.scored, data.scored_shapes, classes=1)}, SCORES),
     "contrastive": Task(contrastive),
-}  # fmt: skip
+}
 
 
 def find(name: str) -> Task:
@@ -147,7 +186,8 @@ def find(name: str) -> Task:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if not callable(made := getattr(module, own, None)) and not isinstance(made, Task):
+        made: Any = getattr(module, own, None)
+        if not callable(made) and not isinstance(made, Task):
             known = [key for key, value in vars(module).items() if callable(value) or isinstance(value, Task)]
             raise ValueError(f"{path} has no task {own!r}; {trees.did_you_mean(own, known, 'it has')}")
         return made if isinstance(made, Task) else Task(made)

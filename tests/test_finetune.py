@@ -89,7 +89,7 @@ def shout(tokenizer, classes, *, length, label="label"):
     read = data.labelled(tokenizer, classes, length=length, label=label)
     return lambda record, rng=None: read({**record, "text": record["text"].upper()}, rng)
 
-loud = tasks.Task(half, {"input_ids": data.reading(shout, data.text_shape)}, "sequence_classification")
+loud = tasks.Task(half, {"input_ids": data.reading(shout, data.labelled_shapes)}, "sequence_classification")
 """
 
 
@@ -122,7 +122,9 @@ MISTAKES = {
 def test_mistakes_are_one_sentence(case, home, tmp_path, capsys):
     sections, message = MISTAKES[case]
     config = recipe(home, work=str(tmp_path), **sections)
-    (tmp_path / "recipe.py").write_text(f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({config.to_dict()!r})\n")
+    (tmp_path / "recipe.py").write_text(
+        f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({config.to_dict()!r})\n"
+    )
     assert main(["train", f"--config={tmp_path}/recipe.py", "--cache="]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
@@ -130,5 +132,5 @@ def test_mistakes_are_one_sentence(case, home, tmp_path, capsys):
 def test_tasks_of_a_file_are_found_by_name(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     assert tasks.find(f"{tmp_path}/mine.py:half").head is None
-    with pytest.raises(ValueError, match="has no task 'lout'; .*'loud'"):
+    with pytest.raises(ValueError, match=r"has no task 'lout'; .*'loud'"):
         tasks.find(f"{tmp_path}/mine.py:lout")

@@ -6,7 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bigflax.data.examples import example_batches, find_classes, labelled, many_labelled, scored, text_shape
+    from bigflax.data.examples import (
+        example_batches,
+        find_classes,
+        labelled,
+        labelled_shapes,
+        many_labelled,
+        many_labelled_shapes,
+        scored,
+        scored_shapes,
+    )
     from bigflax.data.images import count_classes, image_batches, image_shapes
     from bigflax.data.kinds import KINDS, Kind, reading
     from bigflax.data.loader import Loader, virtual_shards
@@ -17,7 +26,16 @@ if TYPE_CHECKING:
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
-    "examples": ("example_batches", "find_classes", "labelled", "many_labelled", "scored", "text_shape"),
+    "examples": (
+        "example_batches",
+        "find_classes",
+        "labelled",
+        "labelled_shapes",
+        "many_labelled",
+        "many_labelled_shapes",
+        "scored",
+        "scored_shapes",
+    ),
     "images": ("count_classes", "image_batches", "image_shapes"),
     "kinds": ("KINDS", "Kind", "reading"),
     "loader": ("Loader", "virtual_shards"),
@@ -32,8 +50,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
     "Tokenizer", "byte_tokenizer", "channels_first", "count_classes", "example_batches", "find_classes", "image_batches",
-    "image_shapes", "in_split", "labelled", "load_tokenizer", "many_labelled", "open_source", "reading", "record_batches",
-    "sample_texts", "scored", "text_batches", "text_shape", "text_shapes", "train_bpe", "virtual_shards",
+    "image_shapes", "in_split", "labelled", "labelled_shapes", "load_tokenizer", "many_labelled", "many_labelled_shapes",
+    "open_source", "reading", "record_batches", "sample_texts", "scored", "scored_shapes", "text_batches", "text_shapes", "train_bpe",
+    "virtual_shards",
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from bigflax.data.quality import Quality
 from bigflax.data.sources import Record, Source
 from bigflax.data.text import Tokenizer
 
+Shapes = dict[str, jax.ShapeDtypeStruct]
 Read = Callable[[Record, np.random.Generator | None], Example]
 
 
@@ -42,7 +43,7 @@ def labelled(
     """A text, or a `pair` of them, and one of `classes`, by name or number: input_ids, attention_mask[, token_type_ids] [T], labels []."""
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
-        return {**_words(record, tokenizer, length, text, pair), "labels": np.int32(class_of(field(record, label), classes))}
+        return {**_words(record, tokenizer, length, text, pair), "labels": np.array(class_of(field(record, label), classes), np.int32)}
 
     return reader
 
@@ -65,7 +66,7 @@ def scored(tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str |
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
         try:
-            score = np.float32(field(record, label))
+            score = np.array(field(record, label), np.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label} {record.get(label)!r} is no number") from error
         if not np.isfinite(score):
@@ -75,12 +76,26 @@ def scored(tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str |
     return reader
 
 
-def text_shape(*, length: int, batch_size: int, pair: str | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def labelled_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
     """Shapes and dtypes of a batch of `labelled`, known without a source."""
+    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+
+
+def many_labelled_shapes(*, length: int, batch_size: int, pair: str | None = None, classes: Sequence[str] | None = None) -> Shapes:
+    """Those of `many_labelled`, whose classes must be named."""
+    if classes is None:
+        raise ValueError("without data the classes are not known; name them: data.classes")
+    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size, len(classes)), np.float32)}
+
+
+def scored_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
+    """Those of `scored`."""
+    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.float32)}
+
+
+def _rows(length: int, batch_size: int, pair: str | None) -> Shapes:
     names = ("input_ids", "attention_mask", *(("token_type_ids",) if pair else ()))
-    return {name: jax.ShapeDtypeStruct((batch_size, length), np.int32) for name in names} | {
-        "labels": jax.ShapeDtypeStruct((batch_size,), np.int32)
-    }
+    return {name: jax.ShapeDtypeStruct((batch_size, length), np.int32) for name in names}
 
 
 def field(record: Mapping[str, Any], name: str) -> Any:

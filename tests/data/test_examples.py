@@ -91,7 +91,9 @@ def lines(tmp_path, records):
 
 
 def test_every_good_record_comes_once_and_the_bad_ones_are_named(tmp_path):
-    source = lines(tmp_path, [{"text": chr(97 + i), "label": "yes" if i % 2 else "no"} for i in range(10)] + [{"text": "z", "label": "maybe"}])
+    source = lines(
+        tmp_path, [{"text": chr(97 + i), "label": "yes" if i % 2 else "no"} for i in range(10)] + [{"text": "z", "label": "maybe"}]
+    )
     quality = Quality(field=None)
     read = data.labelled(BYTES, CLASSES, length=4)
     with data.example_batches(source, read, batch_size=4, split="all", repeat=False, quality=quality) as batches:
