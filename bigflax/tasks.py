@@ -186,11 +186,11 @@ def find(name: str) -> Task:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        made: Any = getattr(module, own, None)
+        made = getattr(module, own, None)
         if not callable(made) and not isinstance(made, Task):
             known = [key for key, value in vars(module).items() if callable(value) or isinstance(value, Task)]
             raise ValueError(f"{path} has no task {own!r}; {trees.did_you_mean(own, known, 'it has')}")
-        return made if isinstance(made, Task) else Task(made)
+        return made if isinstance(made, Task) else Task(vars(module)[own])
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; {trees.did_you_mean(name, TASKS, 'the tasks are')}")
     return TASKS[name]
