@@ -193,7 +193,7 @@ class Tuned(NamedTuple):
 
     def summary(self, tx: optax.GradientTransformation) -> str:
         """What trains, what does not, and the optimizer's memory for it, in a line."""
-        shapes = jax.eval_shape(lambda: self.params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
         kept, rest = trees.partition(shapes, weights.trains(shapes, self.freeze, self.model.axes))
         trained, size = trees.count(kept), lambda tree: trees.human(trees.nbytes(tree), "B", 1024)
         share = f"{100 * trained / (trained + trees.count(rest)):.2g}%"
@@ -379,16 +379,21 @@ METHODS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def method(name: str) -> Callable[..., Any]:
+    """METHODS[name]. Raises ValueError that lists the methods."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {trees.did_you_mean(name, METHODS, 'the methods are')}")
+    return METHODS[name]
+
+
 def create(name: str, model: Model, params: Any, *, rng: Array, also: Sequence[str] | None = None, **options: Any) -> Tuned:
     """The method of a recipe by its name, over a model and its params. Raises ValueError that lists the methods.
 
     `also` are regexes of further leaves that train: by default those of a head that gives scores, which is new for every task, and none of another.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {trees.did_you_mean(name, METHODS, 'the methods are')}")
-    method, taken = METHODS[name], inspect.signature(METHODS[name]).parameters
+    taken = inspect.signature(method(name)).parameters
     given = {key: value for key, value in {"model": model, "axes": model.axes, "rng": rng}.items() if key in taken}
-    made = method(params=params, **given, **options)
+    made = method(name)(params=params, **given, **options)
     if not isinstance(made, Tuned):
         before = dict(named_weights(params))
         own = {leaf: w for leaf, w in named_weights(made) if isinstance(w, Adapted) and before.get(leaf) is not w}

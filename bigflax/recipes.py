@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bigflax import checkpoint, data, hub, models, optim, sharding, tasks, train, trees
+from bigflax import checkpoint, data, hub, models, optim, peft, sharding, tasks, train, trees
 from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
 from bigflax.generate import check
@@ -72,6 +72,14 @@ def model_keys(said: Mapping[str, Any], task: str) -> dict[str, Any]:
     return {"name": published, "size": None, "source": None, **_keywords(family.build), **head, **(family.SIZES[size] if size else config)}
 
 
+def peft_keys(name: str | None) -> dict[str, Any]:
+    """What a recipe may say of this method of fine-tuning few weights; without one all of them train."""
+    if name is None:
+        return {"name": None}
+    dropout = {"dropout": 0.0} if name in ("lora", "dora") else {}
+    return {"name": name, "also": None, **dropout, **_keywords(peft.method(name), "params", "model", "axes", "rng")}
+
+
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe may say, as a nested dict of defaults; what model, data and task take depends on the names of model and task."""
     task, source = config["task"]["name"], config["model"].get("source")
@@ -102,6 +110,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             **_keywords(Quality, "quarantine", "bad", *(() if kind.prose else ("max_line", "field"))),
         },
         "task": {"name": "", **_keywords(tasks.find(task).loss, "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
+        "peft": peft_keys((config.get("peft") or {}).get("name")),
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
         "step": _keywords(train.train_step, "loss_fn", "tx", "state", "seed", "table"),
@@ -153,7 +162,7 @@ def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:
     said = _plain(recipe)
     changes = [parse_override(text) for text in overrides]
     for path, value in changes:  # these decide which keys there are
-        if path in ("model.name", "model.size", "model.source", "task.name", "fit.epochs"):
+        if path in ("model.name", "model.size", "model.source", "task.name", "peft.name", "fit.epochs"):
             section, key = path.split(".")
             said.setdefault(section, {})[key] = value
     for section in ("model", "task", "data"):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import chips, data, hub, models, optim, recipes, sharding, tasks, train, trees, xla, yardsticks
+from bigflax import chips, data, hub, models, optim, peft, recipes, sharding, tasks, train, trees, xla, yardsticks
 from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
@@ -150,8 +150,27 @@ class Run:
         )
 
     @functools.cached_property
-    def model(self) -> models.nn.Model:
+    def base(self) -> models.nn.Model:
+        """The model before it is adapted."""
         return self._model()
+
+    @functools.cached_property
+    def model(self) -> models.nn.Model:
+        return self.base if self.tuned is None else self.tuned.model
+
+    @functools.cached_property
+    def tuned(self) -> peft.Tuned | None:
+        """What the recipe's method of fine-tuning makes of the model, its params as shapes; None where all weights train."""
+        if self.config.peft.name is None:
+            return None
+        found = []
+        shapes = jax.eval_shape(lambda params: found.append(self.adapt(params)) or found[0].params, self.base.shapes())
+        return found[0]._replace(params=shapes)
+
+    def adapt(self, params: Any) -> peft.Tuned:
+        """The recipe's method of fine-tuning over these weights."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # 0 is the model's own
+        return peft.create(model=self.base, params=params, rng=key, **_options(self.config.peft, "dropout"))
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
@@ -170,18 +189,22 @@ class Run:
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
         text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
-        return tasks.create(**self.config.task, model=self.model, **text)
+        loss_fn = tasks.create(**self.config.task, model=self.model, **text)
+        return peft.dropout(loss_fn, rate) if (rate := self.config.peft.get("dropout", 0.0)) else loss_fn
 
     def state_like(self) -> train.State:
-        return train.state_like(self.model.init, self.tx, mesh=self.mesh, axes=self.model.axes)
+        begin, freeze = (self.model.init, ()) if self.tuned is None else (self.tuned.params, self.tuned.freeze)
+        return train.state_like(begin, self.tx, mesh=self.mesh, axes=self.model.axes, freeze=freeze)
 
     def init_state(self) -> train.State:
-        """New, or from the weights of `model.source`."""
-        c = self.config.model
-        begin = self.model.init
+        """New, or from the weights of `model.source`, and adapted where the recipe says how."""
+        c, begin, freeze = self.config.model, self.base.init, ()
         if c.source is not None:
             begin = hub.load(c.source, mesh=self.mesh, **{**_options(c, "name", "size", "source"), **self.fields})[1]
-        return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed)
+        if self.tuned is not None:
+            make, freeze = begin, self.tuned.freeze
+            begin = (lambda key: self.adapt(make(key)).params) if callable(make) else self.adapt(make).params
+        return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed, freeze=freeze)
 
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
         """`state -> metrics` over the whole validation split."""
@@ -283,6 +306,8 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         loader.start()  # reads ahead while the model compiles
         run.check_end(loader, watch)
         say(describe(run))
+        if run.tuned is not None:
+            say(f"{config.peft.name}: {run.tuned.summary(run.tx)}")
         if at is None:
             state = run.init_state()
         else:

@@ -134,3 +134,25 @@ def test_tasks_of_a_file_are_found_by_name(tmp_path):
     assert tasks.find(f"{tmp_path}/mine.py:half").head is None
     with pytest.raises(ValueError, match=r"has no task 'lout'; .*'loud'"):
         tasks.find(f"{tmp_path}/mine.py:lout")
+
+
+METHODS = {  # tests/test_peft.py has each of them; here, that recipes reach all kinds: typed weights, another model, another tree
+    "lora": dict(rules=(("blocks/attention/(q|v)", 4),), dropout=0.1, base="int8"),
+    "prefix": dict(tokens=3),
+    "last_layers": dict(layers=1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_train_by_recipe(name, home):
+    """The state is born as it is restored, and a step moves what trains and nothing else."""
+    run = runs.Run(recipes.resolve(recipe(home, peft={"name": name, **METHODS[name]})))
+    run.mesh = bigflax.make_mesh(devices=jax.devices()[:1])
+    state = run.init_state()
+    assert jax.tree.map(lambda x: (x.shape, x.sharding), state) == jax.tree.map(lambda x: (x.shape, x.sharding), run.state_like())
+    before = jax.tree.map(np.array, (state.params, state.frozen))
+    assert run.tuned is not None and "the optimizer holds" in run.tuned.summary(run.tx)
+    new, metrics = bigflax.train_step(run.loss_fn, run.tx, state)(state, next(run.loader("train")))
+    assert np.isfinite(metrics["loss"].value)
+    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before[0]), jax.tree.leaves(new.params), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, before[1], new.frozen)
