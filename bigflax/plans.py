@@ -43,7 +43,8 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     shapes = run.kind.shapes(**{name: config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
     where = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
-    return Parts(train.train_step(loss_fn, run.tx, state, seed=config.seed, **config.step), state, batch, loss_fn, run.model.axes)
+    step = train.train_step(loss_fn, run.tx, state, seed=config.seed, table=run.table, **config.step)
+    return Parts(step, state, batch, loss_fn, run.model.axes)
 
 
 def fields(config: Config) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "peft": peft_keys((config.get("peft") or {}).get("name")),
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
+        # the rows of the layout, but for the batch's, which loaders share
+        "table": {name: (row,) if isinstance(row, str) else tuple(row) for name, row in sharding.TABLE.items() if name != "batch"},
         "step": _keywords(train.train_step, "loss_fn", "tx", "state", "seed", "table"),
         "fit": {
             "epochs": None,

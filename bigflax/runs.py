@@ -53,6 +53,10 @@ class Run:
         return sharding.make_mesh(**self.config.mesh)
 
     @functools.cached_property
+    def table(self) -> sharding.Table:
+        return {**sharding.TABLE, **self.config.table}
+
+    @functools.cached_property
     def quality(self) -> Quality:
         c = self.config.data
         quarantine = os.path.join(self.work, "quarantine.jsonl") if self.work else None
@@ -78,7 +82,7 @@ class Run:
     def check(self) -> None:
         """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
         sharding.check_batch(self.config.data.batch_size, self.mesh)
-        self.split("train"), self.split("validation")
+        assert [self.split(name) for name in ("train", "validation")]
         optim.make(**self.config.optimizer, steps=self.steps, axes={})
 
     def records(self, split: str) -> list[data.Records]:
@@ -194,21 +198,22 @@ class Run:
 
     def state_like(self) -> train.State:
         begin, freeze = (self.model.init, ()) if self.tuned is None else (self.tuned.params, self.tuned.freeze)
-        return train.state_like(begin, self.tx, mesh=self.mesh, axes=self.model.axes, freeze=freeze)
+        return train.state_like(begin, self.tx, mesh=self.mesh, axes=self.model.axes, freeze=freeze, table=self.table)
 
     def init_state(self) -> train.State:
         """New, or from the weights of `model.source`, and adapted where the recipe says how."""
         c, begin, freeze = self.config.model, self.base.init, ()
         if c.source is not None:
-            begin = hub.load(c.source, mesh=self.mesh, **{**_options(c, "name", "size", "source"), **self.fields})[1]
+            begin = hub.load(c.source, mesh=self.mesh, table=self.table, **{**_options(c, "name", "size", "source"), **self.fields})[1]
         if self.tuned is not None:
             make, freeze = begin, self.tuned.freeze
             begin = (lambda key: self.adapt(make(key)).params) if callable(make) else self.adapt(make).params
-        return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed, freeze=freeze)
+        seed = self.config.seed
+        return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=seed, freeze=freeze, table=self.table)
 
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
         """`state -> metrics` over the whole validation split."""
-        step, loader = train.eval_step(self.loss_fn, self.mesh), self.loader("validation")
+        step, loader = train.eval_step(self.loss_fn, self.mesh, self.table), self.loader("validation")
         return lambda state: train.evaluate(step, state.weights, loader)
 
     def fit_options(self) -> dict[str, Any]:
@@ -238,7 +243,7 @@ class Run:
         if (ids := self.prompt()) is None:
             return None
         c = self.config.sample
-        with sharding.tracing_on(self.mesh):
+        with sharding.tracing_on(self.mesh, self.table):
             tokens = generate(
                 self._model(unroll=1),  # it compiles twice, for the prompt and for a token
                 params,
@@ -317,7 +322,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             say(f"resumed from step {at} of {checkpoints.folder}")
         if flags := xla.options(run.mesh, config.step.flags):
             say(f"XLA flags: {', '.join(f'{name}={value}' for name, value in flags.items())}")
-        step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, **config.step)
+        step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, table=run.table, **config.step)
 
         def announce(compiled: xla.Compiled) -> None:
             cost.update(compile_seconds=round(compiled.seconds, 1), compile_cache=compiled.cache)

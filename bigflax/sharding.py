@@ -34,6 +34,7 @@ Table = Mapping[str, Any]
 TABLE: Table = {
     "batch": ("slice", "data", "fsdp", "expert", "stage"),
     "seq": "context",
+    "between": "context",  # the sequence between two branches: ("context", "tensor") keeps and norms a piece of it on each device (arXiv 2205.05198)
     "layers": "stage",
     "embed": ("fsdp", "expert", "stage"),
     "vocab": "tensor",

@@ -43,11 +43,11 @@ def put(batch, mesh):
     return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
-def build(name, mesh, *, accumulate=1, tx=None, **config):
+def build(name, mesh, *, accumulate=1, tx=None, table=sharding.TABLE, **config):
     model = models.create(name, size="tiny", **{**FAMILIES[name], **config})
     tx = tx or optim.make(lr=1e-3, steps=10, axes=model.axes)
-    state = train.init_state(model.init, tx, mesh=mesh, axes=model.axes)
-    return state, train.train_step(tasks.token_loss(model), tx, state, accumulate=accumulate)
+    state = train.init_state(model.init, tx, mesh=mesh, axes=model.axes, table=table)
+    return state, train.train_step(tasks.token_loss(model), tx, state, accumulate=accumulate, table=table)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,19 @@ def one_device():
     return lambda name: cache.setdefault(name, run(name))
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+BETWEEN = {**sharding.TABLE, "between": ("context", "tensor")}  # sequence parallelism: Korthikanti et al. 2022
+LAYOUTS = {
+    **{name: (sizes, sharding.TABLE) for name, sizes in MESHES.items()},
+    "fsdp=2 tensor=4, cut between": ({"fsdp": 2, "tensor": 4}, BETWEEN),
+}
+
+
+@pytest.mark.parametrize("sizes, table", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bert"))])
-def test_every_layout_equals_one_device(name, sizes, one_device):
+def test_every_layout_equals_one_device(name, sizes, table, one_device):
     losses, params = one_device(name)
     mesh = mesh_of(sizes)
-    state, step = build(name, mesh, tx=optax.sgd(0.1))
+    state, step = build(name, mesh, tx=optax.sgd(0.1), table=table)
     for i in range(2):
         state, metrics = step(state, put(batch_of(seed=i), mesh))
         # float32, sums in another order over at most 8 x 16 x 256 terms

@@ -73,7 +73,7 @@ class Embed(nn.Module):
             x_BTD += ops.take(w_KD, kinds, self.dtype, axes=("types", "embed"))
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
-        return constrain(dropout(self, x_BTD, self.dropout), "batch", "seq", None), w_VD
+        return constrain(dropout(self, x_BTD, self.dropout), "batch", "between", None), w_VD
 
 
 class Block(nn.Module):
@@ -122,7 +122,7 @@ class Block(nn.Module):
             return y_BTD
 
         def branch(name, part, x_BTD):
-            y_BTD = part(x_BTD)
+            y_BTD = constrain(part(constrain(x_BTD, "batch", "seq", None)), "batch", "between", None)
             if self.layer_scale is not None:
                 begin = nn.initializers.constant(self.layer_scale)
                 y_BTD *= weight(self, name.replace("norm", "scale"), y_BTD.shape[-1:], "norm", begin).astype(y_BTD.dtype)
@@ -145,7 +145,7 @@ class Block(nn.Module):
                     x_BTD = x_BTD + norm(f"{name}_out", part(norm(name, x_BTD)))
                 else:
                     raise ValueError(f"unknown order of norms {self.order!r}; there are pre, post, output, sandwich and parallel")
-        x_BTD = constrain(x_BTD, "batch", "seq", None)
+        x_BTD = constrain(x_BTD, "batch", "between", None)
         return x_BTD, {**seen, "hidden": x_BTD if keep else None}
 
 
