@@ -24,6 +24,21 @@ def _lora(w, axes, rank=2):
     return dataclasses.replace(made, b=_random(made.b.shape, 2))
 
 
+def _stirred(w):
+    """Parts that are no longer what they began as."""
+    return dataclasses.replace(w, **{name: part + 0.5 * _random(part.shape, 10 + i) for i, (name, part) in enumerate(weights.parts(w).items())})
+
+
+def _outputs(w, axes):
+    """The shape of a bias of `w`."""
+    ax = weights.parse_axes(axes)
+    return tuple(size for i, size in enumerate(w.shape) if i not in ax.contracted)
+
+
+def _adapter(w, axes):
+    return _stirred(weights.adapter(w, 3, axes=axes, rng=KEY, act="gelu", bias=_random(_outputs(w, axes), 5)))
+
+
 # name -> (array, axes) -> weight
 WEIGHTS = {
     "array": lambda w, axes: w,
@@ -32,9 +47,20 @@ WEIGHTS = {
     "lora": _lora,
     "lora over int8": lambda w, axes: _lora(weights.quantize(w, "int8", axes=axes), axes),
     "lora over lora": lambda w, axes: _lora(_lora(w, axes), axes, rank=3),
+    "lora by the root of its rank": lambda w, axes: dataclasses.replace(_lora(w, axes, rank=3), rs=True),
+    "dora": lambda w, axes: _stirred(weights.dora(w, 2, axes=axes, rng=KEY, alpha=3.0)),
+    "dora over int8": lambda w, axes: _stirred(weights.dora(weights.quantize(w, "int8", axes=axes), 2, axes=axes, rng=KEY)),
+    "ia3 of outputs": lambda w, axes: _stirred(weights.ia3(w, axes=axes)),
+    "ia3 of inputs": lambda w, axes: _stirred(weights.ia3(w, axes=axes, inputs=True)),
+    "ia3 over lora": lambda w, axes: _stirred(weights.ia3(_lora(w, axes), axes=axes)),
 }
 # Their products round, so that they are held to an error instead; every other law is theirs too.
 ROUNDED = {f"rounded to {kind}": lambda w, axes, kind=kind: weights.Rounded(w, kind) for kind in weights.KINDS}
+# Their products are not linear, and `dense` refuses them: laws of their own, beside those that do not speak of a matrix.
+CURVED = {
+    "adapter": _adapter,
+    "ia3 with a bias": lambda w, axes: _stirred(weights.ia3(w, axes=axes, bias=_random(_outputs(w, axes), 5))),
+}
 # axes, shape of one layer's weight, a product, the operand's shape
 PRODUCTS = {
     "plain": ("embed -> mlp", (8, 6), "btd,df->btf", (2, 5, 8)),
@@ -45,6 +71,8 @@ PRODUCTS = {
 each_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
 each_rounded = pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
 each_of_all = pytest.mark.parametrize("make", (WEIGHTS | ROUNDED).values(), ids=WEIGHTS | ROUNDED)
+each_curved = pytest.mark.parametrize("make", CURVED.values(), ids=CURVED)
+each_anywhere = pytest.mark.parametrize("make", (WEIGHTS | ROUNDED | CURVED).values(), ids=WEIGHTS | ROUNDED | CURVED)
 each_product = pytest.mark.parametrize("axes, shape, spec, x_shape", PRODUCTS.values(), ids=PRODUCTS)
 
 
@@ -102,7 +130,7 @@ def test_gradient_reaches_what_trains_and_nothing_else(make):
         np.testing.assert_allclose(g, v, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@each_of_all
+@each_anywhere
 def test_sharded_equals_whole(make):
     axes = "layers | embed -> heads head_dim"
     w, x = make(_random((2, 8, 2, 4)), axes), _random((4, 8), 3)
@@ -115,10 +143,66 @@ def test_sharded_equals_whole(make):
     np.testing.assert_allclose(product(jax.device_put(w, where)), product(w), atol=1e-6)
 
 
+def _formula(spec, x, w):
+    """What the products of CURVED are, written out over matrices: the outputs are the last letters of the product."""
+    outs = w.bias.shape
+    z, flat = jnp.einsum(spec, x, w.base), lambda a: a.reshape(*a.shape[: -len(outs)], -1)
+    if isinstance(w, weights.IA3):
+        scale = w.scale.reshape(outs)
+        return (z + w.bias) * scale - w.bias
+    down, up = w.down.reshape(-1, w.down.shape[-1]), flat(w.up)
+    return z + (jax.nn.gelu(flat(z + w.bias) @ down + w.down_bias) @ up + flat(w.up_bias)).reshape(z.shape)
+
+
+@each_curved
+@each_product
+def test_products_that_no_array_has(make, axes, shape, spec, x_shape):
+    w, x = make(_random(shape), axes), _random(x_shape, 3)
+    want = _formula(spec, x, w)
+    assert weights.shape(w) == shape
+    np.testing.assert_allclose(jax.jit(ops.einsum, static_argnums=0)(spec, x, w), want, atol=4e-6 * float(jnp.abs(want).max()))
+    assert ops.einsum(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="no array"):
+        weights.dense(w)
+    kept, rest = trees.partition(w, weights.trainable(w))
+    grads = jax.grad(lambda kept: jnp.sum(ops.einsum(spec, x, trees.combine(kept, rest)) ** 2))(kept)
+    assert grads.bias is None  # a copy: what it copies is a weight of its own
+    exact = jax.grad(lambda kept: jnp.sum(_formula(spec, x, trees.combine(kept, rest)) ** 2))(kept)
+    for (name, g), (_, v) in zip(trees.named_leaves(grads), trees.named_leaves(exact), strict=True):
+        assert float(jnp.abs(g).max()) > 0, name
+        np.testing.assert_allclose(g, v, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@each_curved
+def test_those_scan_as_they_loop(make):
+    w, x = make(_random((3, 8, 8)), "layers | embed -> mlp"), _random((2, 8), 3)
+    got, _ = jax.jit(lambda w, x: jax.lax.scan(lambda x, w: (ops.einsum("...d,df->...f", x, w), None), x, w))(w, x)
+    want = x
+    for i in range(3):
+        want = ops.einsum("bd,df->bf", want, jax.tree.map(lambda part, i=i: part[i], w))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * float(jnp.abs(want).max()))
+
+
 @each_of_all
 def test_rows(make):
     w, ids = make(_random((6, 8)), "vocab <- embed"), jnp.array([[0, 5], [3, 3]])
     np.testing.assert_allclose(ops.take(w, ids), weights.dense(w)[ids], atol=1e-6)
+
+
+def test_a_prompt_is_looked_up_and_is_no_output():
+    axes, prompt, ids = "vocab <- embed", _random((3, 8), 2), jnp.array([[6, 7, 8, 0], [3, 5, 8, 6]])
+    for base in (_random((6, 8)), weights.quantize(_random((6, 8)), axes=axes), _lora(_random((6, 8)), axes)):
+        w = weights.prompted(base, prompt)
+        assert weights.shape(w) == weights.dense(w).shape == (6, 8)
+        assert weights.rows(w) == 9
+        np.testing.assert_allclose(ops.take(w, ids), jnp.concatenate([weights.dense(base), prompt])[ids], atol=1e-6)
+        x = _random((2, 5, 8), 3)
+        np.testing.assert_array_equal(ops.einsum("btd,vd->btv", x, w), ops.einsum("btd,vd->btv", x, base))
+        where = sharding.shardings(w, axes, sharding.make_mesh(fsdp=4, tensor=2))
+        np.testing.assert_allclose(jax.jit(ops.take)(jax.device_put(w, where), ids), ops.take(w, ids), atol=1e-6)
+    assert jax.tree.leaves(weights.trainable(weights.prompted(weights.quantize(prompt, axes=axes), prompt))) == [False, False, True]
+    grad = jax.grad(lambda p: jnp.sum(ops.take(weights.prompted(base, p), ids) ** 2))(prompt)
+    np.testing.assert_allclose(grad, 2 * prompt * jnp.array([[2], [1], [2]]), rtol=1e-6)  # twice the row, as often as it was looked up
 
 
 @each_product
@@ -199,9 +283,30 @@ def test_rounded_reaches_products_with_named_axes_alone():
             weights.rounded(params, rules, axes)
 
 
-def test_lora_starts_as_its_base():
-    w = _random((8, 6))
-    np.testing.assert_array_equal(weights.dense(weights.lora(w, 4, axes="embed -> mlp", rng=KEY)), w)
+STARTS = {  # and how near its product is to that of its base
+    "lora": (lambda w, axes: weights.lora(w, 4, axes=axes, rng=KEY), 0),
+    "dora": (lambda w, axes: weights.dora(w, 4, axes=axes, rng=KEY), 2**-22),  # |w| / |w|, summed in two orders
+    "ia3": (lambda w, axes: weights.ia3(w, axes=axes), 0),
+    "adapter": (lambda w, axes: weights.adapter(w, 4, axes=axes, rng=KEY, bias=_random((6,), 5)), 0),
+}
+
+
+@pytest.mark.parametrize("make, near", STARTS.values(), ids=STARTS)
+def test_it_starts_as_its_base(make, near):
+    w, x = _random((8, 6)), _random((5, 8), 3)
+    y = x @ w
+    np.testing.assert_allclose(ops.einsum("bd,df->bf", x, make(w, "embed -> mlp")), y, rtol=0, atol=near * float(jnp.abs(y).max()))
+
+
+def test_doras_norm_is_a_constant_and_is_of_the_outputs():
+    """Equation 11 of the paper: the gradient of v is that of (m / |v|) v, |v| held."""
+    w, x = _stirred(weights.dora(_random((8, 6)), 2, axes="embed -> mlp", rng=KEY)), _random((5, 8), 3)
+    v = weights.dense(w.direction)
+    assert w.magnitude.shape == (1, 6)
+    np.testing.assert_allclose(jnp.linalg.norm(weights.dense(w), axis=0), jnp.abs(w.magnitude[0]), rtol=1e-6)
+    grads = jax.grad(lambda w: jnp.sum(ops.einsum("bd,df->bf", x, w)))(w)
+    dv = jnp.outer(x.sum(0), w.magnitude[0] / jnp.linalg.norm(v, axis=0))
+    np.testing.assert_allclose(grads.b, w.a.T @ dv * w.direction.scale, rtol=1e-5, atol=1e-6)
 
 
 AXIS_STRINGS = ["embed -> heads head_dim", "vocab <- embed", "layers | embed -> mlp", "norm", "layers | norm", "a b | c d -> _ e"]
@@ -218,6 +323,8 @@ MISTAKES = {
         lambda: weights.quantize(jnp.ones((6, 4)), axes="embed -> mlp", group=4),
         "group 4 does not divide axis 'embed' of 6; nearest is 2",
     ),
+    "a prompt of another width": (lambda: weights.prompted(jnp.ones((6, 4)), jnp.ones((2, 3))), r"\(2, 3\) has no place below a table \(6, 4\)"),
+    "an adapter on rows": (lambda: ops.take(weights.adapter(jnp.ones((6, 4)), 2, axes="v <- e", rng=KEY), jnp.ones(3, int)), "rows of a table"),
     "rank 0": (lambda: weights.lora(jnp.ones((6, 4)), 0, axes="embed -> mlp", rng=KEY), "rank of at least 1"),
 }
 

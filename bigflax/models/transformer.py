@@ -28,6 +28,7 @@ import numpy as np
 from bigflax import ops
 from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, RelativeBias, dropout, stack, weight
 from bigflax.sharding import constrain
+from bigflax.weights import rows
 
 Inputs = dict[str, jax.ShapeDtypeStruct]
 
@@ -54,9 +55,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, input_ids, position_ids=None, token_type_ids=None, table=None):
         """(x_BTD, the table of tokens): `table` where two models share one, else its own weight."""
-        if not isinstance(input_ids, jax.core.Tracer) and (worst := int(np.asarray(input_ids).max(initial=0))) >= self.vocab:
-            raise ValueError(f"token id {worst} is outside of the vocabulary of {self.vocab}; is it the tokenizer of another model?")
         w_VD = weight(self, "tokens", (self.vocab, self.features), "vocab <- embed", self.init) if table is None else table
+        if not isinstance(input_ids, jax.core.Tracer) and (worst := int(np.asarray(input_ids).max(initial=0))) >= rows(w_VD):
+            raise ValueError(f"token id {worst} is outside of the vocabulary of {self.vocab}; is it the tokenizer of another model?")
         x_BTD = ops.take(w_VD, input_ids, self.dtype)
         if self.scale is not None:  # rounded to the activations' dtype first, as the models that have it were trained
             x_BTD *= jnp.asarray(self.scale, x_BTD.dtype)
@@ -64,8 +65,7 @@ class Embed(nn.Module):
             if position_ids is None and input_ids.shape[1] > self.positions:
                 raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.positions} learned positions; cut the sequences")
             at = jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
-            rows = self.positions + self.first_position
-            w_PD = weight(self, "positions", (rows, self.features), "positions <- embed", self.init)
+            w_PD = weight(self, "positions", (self.positions + self.first_position, self.features), "positions <- embed", self.init)
             x_BTD += ops.take(w_PD, at + self.first_position, self.dtype, axes=("positions", "embed"))
         if self.types:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids

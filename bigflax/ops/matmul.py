@@ -28,7 +28,7 @@ import qwix
 from jax.sharding import NamedSharding
 
 from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, platform, spec
-from bigflax.weights import KINDS, LoRA, Quantized, Rounded, Weight, dense
+from bigflax.weights import IA3, KINDS, Adapter, DoRA, LoRA, Prompted, Quantized, Rounded, Weight, dense, shape
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
@@ -41,11 +41,54 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
         # One einsum of three operands: its contraction order goes through the rank, whichever side of the weight is summed over.
         update = jnp.einsum(spec_ab, x, w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
         return einsum(spec, x, w.base, precision=precision) + update * w.scale
+    if isinstance(w, DoRA):
+        inputs, weight, output = _operands(spec)
+        return einsum(spec, x, w.direction, precision=precision) * _beside(w.factor, weight, output).astype(x.dtype)
+    if isinstance(w, IA3):
+        return _scaled(spec, x, w, precision)
+    if isinstance(w, Adapter):
+        return _adapted(spec, x, w, precision)
+    if isinstance(w, Prompted):
+        return einsum(spec, x, w.base, precision=precision)
     if isinstance(w, Quantized):
         return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
     if isinstance(w, Rounded):
         return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
     return jnp.einsum(spec, x, _cast(w, x.dtype), precision=precision)
+
+
+def _scaled(spec: str, x: jax.Array, w: IA3, precision) -> jax.Array:
+    inputs, weight, output = _operands(spec)
+    if any(size > 1 and c not in output for c, size in zip(weight, w.scale.shape, strict=True)):
+        return einsum(spec, x * _beside(w.scale, weight, inputs).astype(x.dtype), w.base, precision=precision)
+    y, scale = einsum(spec, x, w.base, precision=precision), _beside(w.scale, weight, output)
+    if w.bias is None:
+        return y * scale.astype(y.dtype)
+    outputs = "".join(c for c in weight if c in output)
+    return y * scale.astype(y.dtype) + ((scale - 1) * _beside(w.bias, outputs, output)).astype(y.dtype)
+
+
+def _adapted(spec: str, x: jax.Array, w: Adapter, precision) -> jax.Array:
+    inputs, weight, output = _operands(spec)
+    stack = "".join(c for c in weight if c in inputs and c in output)
+    outputs = "".join(c for c in weight if c in output and c not in stack)
+    rank = next(c for c in string.ascii_lowercase if c not in spec)
+    narrow = "".join(c for c in output if c not in outputs) + rank
+    z = einsum(spec, x, w.base, precision=precision)
+    bias = 0 if w.bias is None else _beside(w.bias, stack + outputs, output).astype(z.dtype)
+    h = einsum(f"{output},{stack}{outputs}{rank}->{narrow}", z + bias, w.down, precision=precision)
+    h = getattr(jax.nn, w.act)(h + _beside(w.down_bias, stack + rank, narrow).astype(h.dtype))
+    h = einsum(f"{narrow},{stack}{rank}{outputs}->{output}", h, w.up, precision=precision)
+    return z + h + _beside(w.up_bias, stack + outputs, output).astype(z.dtype)
+
+
+def _beside(part: jax.Array, letters: str, operand: str) -> jax.Array:
+    """`part`, whose axes bear these letters, shaped to be multiplied with the operand; it is 1 along the letters that the operand lacks."""
+    kept = [c for c in letters if c in operand]
+    part = jnp.squeeze(part, tuple(i for i, c in enumerate(letters) if c not in operand))
+    part = part.transpose(sorted(range(len(kept)), key=lambda i: operand.index(kept[i])))
+    sizes = iter(part.shape)
+    return part.reshape([next(sizes) if c in kept else 1 for c in operand.replace("...", "")])
 
 
 _layer: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("bigflax_layer", default=None)
@@ -108,10 +151,25 @@ def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str, str | Non
     if isinstance(w_VD, LoRA):
         rows = take(w_VD.base, ids, dtype, axes=axes)
         return rows + (take(w_VD.a, ids, rows.dtype, axes=(axes[0], None)) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
+    if isinstance(w_VD, DoRA):
+        return _times(take(w_VD.direction, ids, dtype, axes=axes), w_VD.factor, ids)
+    if isinstance(w_VD, IA3):
+        return _times(take(w_VD.base, ids, dtype, axes=axes), w_VD.scale, ids)
+    if isinstance(w_VD, Adapter):
+        raise ValueError("an adapter stands behind a product, and rows of a table are not one; put it on a matrix of the layers")
+    if isinstance(w_VD, Prompted):
+        V = shape(w_VD)[0]
+        own, more = take(w_VD.base, ids, dtype, axes=axes), take(w_VD.prompt, jnp.maximum(ids - V, 0), dtype, axes=(None, axes[1]))
+        return jnp.where((ids < V)[..., None], own, more.astype(own.dtype))
     if isinstance(w_VD, Quantized):
         rows = dense(jax.tree.map(lambda part: part[ids] if part.shape[0] > 1 else part[0], w_VD))
         return rows if dtype is None else rows.astype(dtype)
     return _rows(w_VD, ids, w_VD.dtype if dtype is None else dtype, axes)
+
+
+def _times(rows: jax.Array, scale_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows, times those of a scale that is 1 along one of its axes."""
+    return rows * (scale_VD[ids] if scale_VD.shape[0] > 1 else scale_VD[0]).astype(rows.dtype)
 
 
 def _rows(w_VD: jax.Array, ids: jax.Array, dtype, axes) -> jax.Array:
