@@ -7,6 +7,7 @@
     IA3(base, scale)           w = base * scale                           `scale` varies over the outputs or over the inputs
     Adapter(base, down, up)    y = z + act(z down) up, z = x base         no matrix at all: its product is not linear
     Prompted(base, prompt)     w = base, a table that `ops.take` sees with more rows, those of the prompt, below its own
+    Perturbed(base, delta)     w = base, a table whose rows `ops.take` gives with `delta` added to them, another for each position of a batch
 
 Every type keeps these laws (tests/test_weights.py holds each type to each of them):
 
@@ -152,7 +153,17 @@ class Prompted:
     prompt: Array
 
 
-Adapted = LoRA | DoRA | IA3 | Adapter | Prompted  # what stands upon a `base`
+@_weight("base", "delta")
+@dataclasses.dataclass(frozen=True)
+class Perturbed:
+    """A table, base [V, D], of which `ops.take` gives the rows of ids [B, T] plus delta [B, T, D]: an attack on what is embedded, made for one
+    batch (adversarial.py). As a matrix (a head that is tied to the table) it is its base."""
+
+    base: Weight
+    delta: Array
+
+
+Adapted = LoRA | DoRA | IA3 | Adapter | Prompted | Perturbed  # what stands upon a `base`
 
 
 # kind -> the types of what a product and its gradient are made of: activations and weights, the gradient that comes back, and whether the
@@ -206,6 +217,8 @@ def shape(w: Weight) -> tuple[int, ...]:
 
 def rows(w: Weight) -> int:
     """How many ids `ops.take` knows: the rows of the table, and those of its prompt."""
+    if isinstance(w, Perturbed):
+        return rows(w.base)
     return shape(w)[0] + (w.prompt.shape[0] if isinstance(w, Prompted) else 0)
 
 
@@ -231,8 +244,10 @@ def dense(w: Weight) -> Array:
     if isinstance(w, IA3):
         raise ValueError("an IA3 over a product with a bias is no array alone, for it scales the bias too; peft.merge merges both")
     if isinstance(w, Adapter):
-        raise ValueError("an adapter is a function, not a matrix: no array can stand for it, so it is not merged; keep it, or peft.split it off")
-    if isinstance(w, Prompted):
+        raise ValueError(
+            "an adapter is a function, not a matrix: no array can stand for it, so it is not merged; keep it, or peft.split it off"
+        )
+    if isinstance(w, Prompted | Perturbed):
         return dense(w.base)
     if isinstance(w, Rounded):
         return w.w
@@ -255,6 +270,7 @@ def part_axes(w: Weight, axes: str) -> Any:
         names: dict[str, str] = {
             "a": inner(ax.first, ("_",)), "b": inner(("_",), ax.second), "down": inner(outputs, ("_",)), "down_bias": inner((), ("_",)),
             "up": inner(("_",), outputs), "up_bias": inner((), outputs), "bias": inner((), outputs), "prompt": inner(("_",), ax.second),
+            "delta": "batch seq _",
         }  # fmt: skip
         names |= {name: along(part, shape(w)) for name, part in parts(w).items() if name in ("magnitude", "scale")}
         return dataclasses.replace(w, base=part_axes(w.base, axes), **{name: names[name] for name in parts(w)})
@@ -284,9 +300,7 @@ def quantize(w: Array, qtype: str = "int8", *, axes: str, group: int | None = No
     return qwix.quantize(w, qtype, channelwise_axes=kept, tiled_axes=tiles)
 
 
-def lora(
-    w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = None, rs: bool = False, dtype: Any = jnp.float32
-) -> LoRA:
+def lora(w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = None, rs: bool = False, dtype: Any = jnp.float32) -> LoRA:
     """LoRA over any weight: `a` is drawn uniformly (He et al., gain 1/3), `b` is zero, so `dense(lora(w)) == dense(w)` at the start."""
     stack, first, second = _dimensions(w, axes, "LoRA", rank)
     bound = 1 / math.sqrt(math.prod(first))
