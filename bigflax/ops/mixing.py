@@ -28,24 +28,25 @@ def mixed(batch: Mapping[str, Any], rng: jax.Array, *, classes: int, mixup: floa
         raise ValueError(f"mixup and cutmix are for pixel_values with labels [B]; this batch has {', '.join(batch)}")
     images_BCHW, labels_B = batch["pixel_values"], batch["labels"]
     B, _, H, W = images_BCHW.shape
-    which, mix, cut, at = jax.random.split(rng, 4)
-    draw = lambda key, alpha: jax.random.beta(key, alpha, alpha, (B,)) if alpha else jnp.ones(B)
-    cuts_B = jax.random.bernoulli(which, 0.5, (B,)) if mixup and cutmix else jnp.full(B, bool(cutmix))
+    which, share, at = jax.random.split(rng, 3)
+    cuts_B = jax.random.bernoulli(which, 0.5 if mixup and cutmix else float(cutmix > 0), (B,))
+    alpha_B = jnp.where(cuts_B, cutmix, mixup)
+    share_B = jax.random.beta(share, alpha_B, alpha_B)
     before = lambda x: jnp.roll(x, 1, axis=0)
     alone_B = (labels_B == IGNORE) | (before(labels_B) == IGNORE)
 
     # What of each pixel is its own: one number for mixup; for cutmix 0 in the box, cut where it reaches beyond the image, and 1 outside.
-    side_B = jnp.sqrt(1 - draw(cut, cutmix))
+    side_B = jnp.sqrt(1 - share_B)
     inside = lambda n, centre_B: jnp.abs(jnp.arange(n) + 0.5 - n * centre_B[:, None]) < n * side_B[:, None] / 2
     y_B, x_B = jax.random.uniform(at, (2, B))
     box_BHW = inside(H, y_B)[:, :, None] & inside(W, x_B)[:, None, :]
-    own_BHW = jnp.where(cuts_B[:, None, None], ~box_BHW, draw(mix, mixup)[:, None, None])
+    own_BHW = jnp.where(cuts_B[:, None, None], ~box_BHW, share_B[:, None, None])
     own_BHW = jnp.where(alone_B[:, None, None], 1.0, own_BHW)
-    share_B1 = own_BHW.mean((1, 2))[:, None]  # of the pixels there are: the box's true area
+    true_B1 = own_BHW.mean((1, 2))[:, None]  # of the pixels that there are
 
     own_B1HW = own_BHW[:, None].astype(images_BCHW.dtype)
     hot_BC = jax.nn.one_hot(labels_B, classes)
-    soft_BC = share_B1 * hot_BC + (1 - share_B1) * before(hot_BC)
+    soft_BC = true_B1 * hot_BC + (1 - true_B1) * before(hot_BC)
     return {
         **batch,
         "pixel_values": own_B1HW * images_BCHW + (1 - own_B1HW) * before(images_BCHW),

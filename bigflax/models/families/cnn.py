@@ -1,8 +1,9 @@
 """A small network for small images, as for MNIST's digits: convolution, batch norm, activation and pooling, some times over; a dense head.
 
-Ours alone (`model_type` "cnn"): LeCun et al. 1998's design with what came later. Each layer halves height and width; the dense head reads the
-last state whole, so images must have the size that it was built for. In the file, tensors are named and lie as in a PyTorch module of
-`layers[i].conv`, `layers[i].norm`, `dense`, which reads the flattened [C, H, W], and `classifier`.
+Ours alone (`model_type` "cnn"): LeCun et al. 1998's design with what came later. Each layer halves height and width, or divides them by its
+number in `pools`, 1 for not at all; the dense head reads the last state whole, so images must have the size that it was built for. In the
+file, tensors are named and lie as in a PyTorch module of `layers[i].conv`, `layers[i].norm`, `dense`, which reads the flattened [C, H, W],
+and `classifier`.
 """
 
 import math
