@@ -27,11 +27,16 @@ def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, z_loss: float = 0.0) -> jax.Array:
     """-sum_v t_v log p_v with t = (1 - smoothing) onehot(label) + smoothing / V, plus z_loss * logsumexp(logits)^2; of labels' shape.
 
+    Labels of the logits' own shape are soft: t = (1 - smoothing) labels + smoothing / V, rows that sum to 1, or -100 throughout; [..., V] -> [...].
     Smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (2204.02311), at 1e-4.
     """
     logits = logits.astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    loss = -(1 - smoothing) * token_log_probs(logits, labels)
+    if labels.ndim == logits.ndim:
+        log_p, labels = (labels * (logits - lse[..., None])).sum(-1), labels[..., 0]
+    else:
+        log_p = token_log_probs(logits, labels)
+    loss = -(1 - smoothing) * log_p
     if smoothing:
         loss += smoothing * (lse - logits.mean(-1))
     if z_loss:

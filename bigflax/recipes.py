@@ -78,6 +78,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         **words,
         "data": {
             **_keywords(kind.batches, *kind.given, "split", "seed", "repeat", "mesh", "quality", "loader"),
+            "validation_source": None,
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
             **_keywords(Quality, "quarantine", "bad", *(() if kind.tokenized else ("max_line", "field"))),
         },

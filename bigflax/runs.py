@@ -35,6 +35,12 @@ def _options(section: Config, *without: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in without}
 
 
+def opened(said: Any) -> list[tuple[data.Source, float]]:
+    """The sources that a recipe names and their weights: one section, or a sequence of them each with a `weight`."""
+    sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
+    return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
+
+
 class Run:
     """The parts of a run, each made on first use from `config` (a resolved recipe), its files under `config.work`."""
 
@@ -55,19 +61,29 @@ class Run:
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
         """The sources and their weights: one section, or a sequence of them each with a `weight`."""
-        said: Any = self.config.data.source
-        sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
-        return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
+        return opened(self.config.data.source)
+
+    @functools.cached_property
+    def held_out(self) -> list[tuple[data.Source, float]]:
+        """Those of `data.validation_source`, which are then the validation split, and all of the sources that to train on; none: a hash of names
+        divides the sources."""
+        return opened(self.config.data.validation_source or ())
+
+    def side(self, split: str) -> tuple[list[tuple[data.Source, float]], dict[str, Any]]:
+        """The sources of a split, and what says which of their records belong to it."""
+        if not self.held_out:
+            return self.sources, {"split": split, "validation_fraction": self.config.data.validation_fraction}
+        return (self.sources, {"split": split, "validation_fraction": 0.0}) if split == "train" else (self.held_out, {"split": "all"})
 
     def check(self) -> None:
         """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
         sharding.check_batch(self.config.data.batch_size, self.mesh)
         optim.make(**self.config.optimizer, steps=self.config.fit.steps, axes={})
-        assert self.sources
+        assert self.sources and self.held_out is not None
 
     def records(self, split: str) -> list[data.Records]:
-        c = self.config.data
-        return [data.Records(source, self.quality, split, c.validation_fraction, c.split_by) for source, _ in self.sources]
+        sources, part = self.side(split)
+        return [data.Records(source, self.quality, **part, split_by=self.config.data.split_by) for source, _ in sources]
 
     @functools.cached_property
     def tokenizer(self) -> data.Tokenizer:
@@ -92,12 +108,14 @@ class Run:
         """Endless for "train"; one pass over "validation"."""
         # one pass packs its rows best as one shard, which is its default
         here = ("workers", "shards") if self.kind.tokenized and split != "train" else ()
-        options = _options(self.config.data, "source", "bad_records", "max_bad", "max_line", "field", *here)
+        quality = ("bad_records", "max_bad", "max_line", "field")
+        options = _options(self.config.data, "source", "validation_source", "validation_fraction", *quality, *here)
+        sources, part = self.side(split)
         given = {"tokenizer": self.tokenizer} if self.kind.tokenized else {"classes": self.fields.get("num_labels")}
         return self.kind.batches(
-            self.sources,
+            sources,
             **given,
-            split=split,
+            **part,
             seed=self.config.seed,
             repeat=split == "train",
             mesh=self.mesh,
@@ -114,7 +132,7 @@ class Run:
         """Those of the model's fields that follow from the data. Set them to make a model without tokenizer and sources."""
         if self.kind.tokenized:
             return agreed(self.config, vocab_size=self.tokenizer.vocab_size)
-        return image_fields(self.config, data.count_classes(source for source, _ in self.sources))
+        return image_fields(self.config, data.count_classes(source for source, _ in self.sources + self.held_out))
 
     def _model(self, **more: Any) -> models.nn.Model:
         return models.create(**{**_options(self.config.model), "size": None, **self.fields, **more})

@@ -7,12 +7,14 @@ and metrics are `Mean(total, count)` over real tokens or rows, so that accumulat
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bigflax import losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
+from bigflax.ops.mixing import mixed
 from bigflax.weights import rounded
 
 LossFn = Callable[..., tuple[Any, ...]]
@@ -55,20 +57,29 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     return loss_fn
 
 
-def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metric: `accuracy`.
+def classification(model: Model, *, smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> LossFn:
+    """Cross-entropy of `logits` [B, C] over `labels` [B], or soft ones [B, C]: of texts, images, whatever the model takes. Metric: `accuracy`, for
+    soft labels of their largest.
 
-    Running statistics that the model gives back (convnet.py) go on to the step.
+    `mixup` and `cutmix` are alphas: in training, which is where there is a `rng`, images are mixed in pairs (ops/mixing.py). Running statistics that
+    the model gives back (convnet.py) go on to the step.
     """
 
     def loss_fn(params, batch, rng=None):
-        labels_B = batch["labels"]
+        if rng is not None and (mixup or cutmix):
+            rng, key = jax.random.split(rng)
+            batch = mixed(batch, key, classes=model.config["num_labels"], mixup=mixup, cutmix=cutmix)
+        labels = batch["labels"]
         out = model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
         if getattr(out.get("logits"), "ndim", 0) != 2:
             raise ValueError(f"classification needs a model with a head for it, logits [B, C]; this one gives {', '.join(out)}")
-        logits, real_B = out["logits"], labels_B != IGNORED
+        logits, labels_B = (
+            out["logits"],
+            labels if labels.ndim == 1 else jnp.where(labels[:, 0] == IGNORED, IGNORED, jnp.argmax(labels, -1)),
+        )
+        real_B = labels_B != IGNORED
         count = jnp.sum(real_B)
-        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), count)
+        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels, smoothing=smoothing)), count)
         metrics = {"accuracy": Mean(jnp.sum((jnp.argmax(logits, -1) == labels_B) & real_B), count)}
         return (loss, metrics, out["updates"]) if "updates" in out else (loss, metrics)
 
