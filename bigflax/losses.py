@@ -13,6 +13,7 @@ import optax
 
 IGNORE = -100
 DIVERGENCES = ("forward", "reverse", "js", "skewed")
+PREFERENCES = ("sigmoid", "ipo", "hinge")
 
 
 def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -26,11 +27,16 @@ def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, z_loss: float = 0.0) -> jax.Array:
     """-sum_v t_v log p_v with t = (1 - smoothing) onehot(label) + smoothing / V, plus z_loss * logsumexp(logits)^2; of labels' shape.
 
+    Labels of the logits' own shape are soft: t = (1 - smoothing) labels + smoothing / V, rows that sum to 1, or -100 throughout; [..., V] -> [...].
     Smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (2204.02311), at 1e-4.
     """
     logits = logits.astype(jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    loss = -(1 - smoothing) * token_log_probs(logits, labels)
+    if labels.ndim == logits.ndim:
+        log_p, labels = (labels * (logits - lse[..., None])).sum(-1), labels[..., 0]
+    else:
+        log_p = token_log_probs(logits, labels)
+    loss = -(1 - smoothing) * log_p
     if smoothing:
         loss += smoothing * (lse - logits.mean(-1))
     if z_loss:
@@ -122,14 +128,26 @@ def dpo(
     ref_rejected: jax.Array,
     beta: float = 0.1,
     *,
+    kind: str = "sigmoid",
     smoothing: float = 0.0,
 ) -> jax.Array:
-    """-log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected))) of summed log probabilities of answers; [B] -> [B].
+    """A loss of h = (chosen - ref_chosen) - (rejected - ref_rejected), of summed log probabilities of answers; [B] -> [B].
 
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 7. smoothing is the chance that a pair's order is wrong (Mitchell's cDPO).
+    sigmoid  -log sigmoid(beta h)       Rafailov et al. 2023 (arXiv 2305.18290), equation 7
+    ipo      (h - 1 / (2 beta))^2       Azar et al. 2023 (2310.12036), equation 17
+    hinge    max(0, 1 - beta h)         Zhao et al. 2023 (2305.10425), with a reference as Liu et al. 2023 (2309.06657)
+
+    smoothing is the chance that a pair's order is wrong: so much of the loss is that of -h (Mitchell's cDPO).
     """
-    margin = beta * ((chosen_logp - ref_chosen) - (rejected_logp - ref_rejected)).astype(jnp.float32)
-    return -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
+    if kind not in PREFERENCES:
+        raise ValueError(f"dpo has no kind {kind!r}; take one of {', '.join(PREFERENCES)}")
+    h = ((chosen_logp - ref_chosen) - (rejected_logp - ref_rejected)).astype(jnp.float32)
+    each = {
+        "sigmoid": lambda h: -jax.nn.log_sigmoid(beta * h),
+        "ipo": lambda h: jnp.square(h - 1 / (2 * beta)),
+        "hinge": lambda h: jax.nn.relu(1 - beta * h),
+    }[kind]
+    return (1 - smoothing) * each(h) + smoothing * each(-h) if smoothing else each(h)
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array) -> jax.Array:

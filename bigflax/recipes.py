@@ -103,9 +103,9 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": {**model, **follows},
         **words,
         "data": {
-            "validation": None,
             **reader,
             **_keywords(kind.batches, *kind.given, "split", "seed", "repeat", "mesh", "quality", "loader"),
+            "validation_source": None,
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
             **_keywords(Quality, "quarantine", "bad", *(() if kind.prose else ("max_line", "field"))),
         },

@@ -37,7 +37,8 @@ def _options(section: Config, *without: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key not in without}
 
 
-def _opened(said: Any) -> list[tuple[data.Source, float]]:
+def opened(said: Any) -> list[tuple[data.Source, float]]:
+    """The sources that a recipe names and their weights: one section, or a sequence of them each with a `weight`."""
     sections: list[Any] = [said] if isinstance(said, ConfigDict | dict) else list(said)
     return [(data.open_source(**_options(s, "weight")), float(s.get("weight", 1.0))) for s in sections]
 
@@ -65,18 +66,17 @@ class Run:
 
     @functools.cached_property
     def sources(self) -> list[tuple[data.Source, float]]:
-        """The sources and their weights: one section, or a sequence of them each with a `weight`."""
-        return _opened(self.config.data.source)
+        return opened(self.config.data.source)
 
     @functools.cached_property
     def held_out(self) -> tuple[list[tuple[data.Source, float]], float]:
-        """The sources of the validation split, and which part of them it is: those of `data.validation` whole, or the hash's part of the others."""
+        """The sources of the validation split, and which part of them it is: those of `data.validation_source` whole, or the hash's part of the others."""
         c = self.config.data
-        return (self.sources, c.validation_fraction) if c.validation is None else (_opened(c.validation), 1.0)
+        return (self.sources, c.validation_fraction) if c.validation_source is None else (opened(c.validation_source), 1.0)
 
     def split(self, name: str) -> tuple[list[tuple[data.Source, float]], float]:
         """The sources of a split, and the part of them that is for validation."""
-        whole = name == "train" and self.config.data.validation is not None
+        whole = name == "train" and self.config.data.validation_source is not None
         return (self.sources, 0.0) if whole else self.held_out
 
     def check(self) -> None:
@@ -105,7 +105,8 @@ class Run:
     @functools.cached_property
     def classes(self) -> Any:
         """The names of the data's classes, or how many there are; None where there are none."""
-        return self.kind.classes and self.kind.classes([source for source, _ in self.sources], self.config.data)
+        held_out = self.held_out[0] if self.config.data.validation_source is not None else []
+        return self.kind.classes and self.kind.classes([source for source, _ in [*self.sources, *held_out]], self.config.data)
 
     @functools.cached_property
     def tokenizer(self) -> data.Tokenizer:
@@ -132,7 +133,7 @@ class Run:
         here = ("workers", "shards") if self.kind.prose and split != "train" else ()
         sources, part = self.split(split)
         options = _options(
-            self.config.data, "source", "validation", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
+            self.config.data, "source", "validation_source", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
         )
         given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
         if self.kind.reader is not None:

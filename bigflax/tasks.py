@@ -21,6 +21,7 @@ import numpy as np
 from bigflax import data, losses, ops, trees
 from bigflax.metrics import F1, Correlation, Mean
 from bigflax.nn import Model
+from bigflax.ops.mixing import mixed
 from bigflax.weights import rounded
 
 LossFn = Callable[..., tuple[Any, ...]]
@@ -63,16 +64,22 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     return loss_fn
 
 
-def classification(model: Model, *, smoothing: float = 0.0) -> LossFn:
-    """Cross-entropy of `logits` [B, C] over `labels` [B]: of texts, images, whatever the model takes. Metrics: `accuracy`, `macro_f1`.
+def classification(model: Model, *, smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> LossFn:
+    """Cross-entropy of `logits` [B, C] over `labels` [B], or soft ones [B, C]: of texts, images, whatever the model takes. Metrics: `accuracy`, `macro_f1`,
+    for soft labels of their largest.
 
-    Running statistics that the model gives back (convnet.py) go on to the step.
+    `mixup` and `cutmix` are alphas: in training, which is where there is a `rng`, images are mixed in pairs (ops/mixing.py). Running statistics that
+    the model gives back (convnet.py) go on to the step.
     """
 
     def loss_fn(params, batch, rng=None):
-        labels_B, (logits, out) = batch["labels"], _scores(model, params, batch, rng)
+        if rng is not None and (mixup or cutmix):
+            rng, key = jax.random.split(rng)
+            batch = mixed(batch, key, classes=model.config["num_labels"], mixup=mixup, cutmix=cutmix)
+        labels, (logits, out) = batch["labels"], _scores(model, params, batch, rng)
+        labels_B = labels if labels.ndim == 1 else jnp.where(labels[:, 0] == IGNORED, IGNORED, jnp.argmax(labels, -1))
         real_B, chosen_B = labels_B != IGNORED, jnp.argmax(logits, -1)
-        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels_B, smoothing=smoothing)), jnp.sum(real_B))
+        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels, smoothing=smoothing)), jnp.sum(real_B))
         metrics = {
             "accuracy": Mean.of(chosen_B == labels_B, real_B),
             "macro_f1": F1.of(chosen_B, labels_B, logits.shape[-1], real_B),

@@ -7,6 +7,7 @@
     IA3(base, scale)           w = base * scale                           `scale` varies over the outputs or over the inputs
     Adapter(base, down, up)    y = z + act(z down) up, z = x base         no matrix at all: its product is not linear
     Prompted(base, prompt)     w = base, a table that `ops.take` sees with more rows, those of the prompt, below its own
+    Perturbed(base, delta)     w = base, a table whose rows `ops.take` gives with `delta` added to them, another for each position of a batch
 
 Every type keeps these laws (tests/test_weights.py holds each type to each of them):
 
@@ -159,7 +160,17 @@ class Prompted:
     prompt: Array
 
 
-Adapted = LoRA | DoRA | IA3 | Adapter | Prompted  # what stands upon a `base`
+@_weight("base", "delta")
+@dataclasses.dataclass(frozen=True)
+class Perturbed:
+    """A table, base [V, D], of which `ops.take` gives the rows of ids [B, T] plus delta [B, T, D]: an attack on what is embedded, made for one
+    batch (adversarial.py). As a matrix (a head that is tied to the table) it is its base."""
+
+    base: Weight
+    delta: Array
+
+
+Adapted = LoRA | DoRA | IA3 | Adapter | Prompted | Perturbed  # what stands upon a `base`
 VECTORS = (
     "magnitude",
     "scale",
@@ -219,6 +230,8 @@ def shape(w: Weight) -> tuple[int, ...]:
 
 def rows(w: Weight) -> int:
     """How many ids `ops.take` knows: the rows of the table, and those of its prompt."""
+    if isinstance(w, Perturbed):
+        return rows(w.base)
     return shape(w)[0] + (w.prompt.shape[0] if isinstance(w, Prompted) else 0)
 
 
@@ -247,7 +260,7 @@ def dense(w: Weight) -> Array:
         raise ValueError(
             "an adapter is a function, not a matrix: no array can stand for it, so it is not merged; keep it, or peft.split it off"
         )
-    if isinstance(w, Prompted):
+    if isinstance(w, Prompted | Perturbed):
         return dense(w.base)
     if isinstance(w, Rounded):
         return w.w
@@ -270,6 +283,7 @@ def part_axes(w: Weight, axes: str) -> Any:
         names: dict[str, str] = {
             "a": inner(ax.first, ("_",)), "b": inner(("_",), ax.second), "down": inner(outputs, ("_",)), "down_bias": inner((), ("_",)),
             "up": inner(("_",), outputs), "up_bias": inner((), outputs), "bias": inner((), outputs), "key": inner((), ()), "prompt": inner(("_",), ax.second),
+            "delta": "batch seq _",
         }  # fmt: skip
         names |= {name: along(part, shape(w)) for name, part in parts(w).items() if name in ("magnitude", "scale")}
         return dataclasses.replace(w, base=part_axes(w.base, axes), **{name: names[name] for name in parts(w)})

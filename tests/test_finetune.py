@@ -40,7 +40,7 @@ def home(tmp_path_factory):
 def recipe(home, **sections):
     said = dict(
         work=str(home / "work"), model=dict(source=str(home / "published")), task=dict(name="classification"), optimizer=dict(lr=3e-3),
-        data=dict(source=dict(kind="jsonl", path=str(home / "train.jsonl")), validation=dict(kind="jsonl", path=str(home / "test.jsonl")),
+        data=dict(source=dict(kind="jsonl", path=str(home / "train.jsonl")), validation_source=dict(kind="jsonl", path=str(home / "test.jsonl")),
                   label="topic", length=16, batch_size=16), fit=dict(epochs=2, log_every=4),
     )  # fmt: skip
     for name, section in sections.items():

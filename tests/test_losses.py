@@ -50,6 +50,8 @@ def divergences():
     }
 
 
+SOFT = RNG.dirichlet(np.ones(11), (3, 4))
+SOFT_IGNORING = np.where(IGNORING[..., None] == -100, -100.0, SOFT)
 SIMILAR = 7 * A @ B.T
 SIGNS = 2 * np.eye(6) - 1
 TRUE = np.where(BITS == 1, log_sigmoid(LOGITS), log_sigmoid(-LOGITS))
@@ -63,6 +65,12 @@ CASES = {  # function, arguments, options, the definition
         (LOGITS, LABELS),
         dict(z_loss=0.1),
         -picked(LOGITS, LABELS) + 0.1 * np.log(np.exp(LOGITS).sum(-1)) ** 2,
+    ),
+    "cross_entropy, soft": (
+        losses.cross_entropy,
+        (LOGITS, SOFT_IGNORING),
+        dict(smoothing=0.1),
+        np.where(IGNORING == -100, 0, -((0.9 * SOFT + 0.1 / 11) * log_softmax(LOGITS)).sum(-1)),
     ),
     "binary_cross_entropy": (losses.binary_cross_entropy, (LOGITS, BITS), {}, -TRUE),
     "focal": (losses.focal, (LOGITS, BITS), {}, -((1 - np.exp(TRUE)) ** 2) * TRUE),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import recipes
+from bigflax import models, recipes, trees
+from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -25,6 +26,15 @@ def test_every_recipe_resolves_and_says_what_it_measured(name):
     text = Path(recipes.find(name)).read_text()
     assert re.search(r"^Measured", text, re.M), "its docstring says what was measured, or 'not yet run'"
     assert "bigflax train" in text
+
+
+@pytest.mark.parametrize("variant", ["mnist", "mnist:fashion"])
+def test_the_small_network_stays_small(variant):
+    """Fewer than 100,000 numbers, running statistics included, for images that are augmented whole."""
+    config = recipes.resolve(recipes.load(variant))
+    model = models.create(**{**config.model, "size": None, "image_size": 28, "num_channels": 1})
+    assert 70_000 < trees.count(model.shapes()) < 100_000
+    assert create("image", config.data.augment).said and config.data.min_area == config.data.central == 1
 
 
 def test_defaults_come_from_signatures_and_sizes():

@@ -31,6 +31,33 @@ def test_held_out_rows_are_full(tmp_path):
     assert filled[:-1].min() > 0.8  # first fit; the last batch takes what is left
 
 
+def test_a_source_of_its_own_to_validate_with(tmp_path):
+    """All of one file is trained on, augmented, and all of the other is measured, as it is; without it a hash of names divides the one."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), np.uint8)
+    for name, rows in {"train": slice(0, 16), "test": slice(16, 24)}.items():
+        np.savez(tmp_path / f"{name}.npz", image=images[rows], labels=np.arange(24)[rows])
+    source = lambda name: dict(kind="numpy", path=str(tmp_path / f"{name}.npz"))
+    recipe = dict(
+        model=dict(name="cnn", size="tiny", num_labels=24), task=dict(name="classification"), optimizer=dict(lr=1e-3), fit=dict(steps=9),
+        data=dict(source=source("train"), validation_source=source("test"), size=8, batch_size=8, mean=(0.0,), std=(1.0,), min_area=1.0,
+                  aspect=1.0, flip=0.0, central=1.0, validation_fraction=0.5, augment=[("crop", 3)]),
+    )  # fmt: skip
+    run = runs.Run(recipes.resolve(ConfigDict(recipe)))
+    run.check()
+    assert [sum(map(part.chosen, range(len(part.source)))) for split in ("train", "validation") for part in run.records(split)] == [16, 8]
+    with run.loader("train") as loader:
+        both = [next(loader), next(loader)]
+    labels, pixels = (np.concatenate([np.asarray(batch[name]) for batch in both]) for name in ("labels", "pixel_values"))
+    pixels = np.rint(255 * pixels[:, 0])
+    assert sorted(labels) == [*range(16)] and (pixels != images[labels]).any((1, 2)).sum() > 8  # one of 49 crops is the image itself
+    with run.loader("validation") as loader:
+        (batch,) = [{name: np.asarray(value) for name, value in batch.items()} for batch in loader]
+    assert sorted(batch["labels"]) == [*range(16, 24)]
+    np.testing.assert_array_equal(np.rint(255 * batch["pixel_values"][:, 0]), images[batch["labels"]])
+    divided = runs.Run(recipes.resolve(ConfigDict(recipe), ["data.validation_source=None"])).records("validation")
+    assert [part.source.name(0) for part in divided] == ["train.npz:0"] and divided[0].split == "validation"
+
+
 def test_a_work_folder_in_a_bucket(tmp_path, monkeypatch):
     """What a run leaves besides checkpoints (Orbax writes those itself) goes to gs:// too, and is found there by the run that continues."""
     from fsspec.implementations.dirfs import DirFileSystem

@@ -26,7 +26,9 @@ def _lora(w, axes, rank=2):
 
 def _stirred(w):
     """Parts that are no longer what they began as."""
-    return dataclasses.replace(w, **{name: part + 0.5 * _random(part.shape, 10 + i) for i, (name, part) in enumerate(weights.parts(w).items())})
+    return dataclasses.replace(
+        w, **{name: part + 0.5 * _random(part.shape, 10 + i) for i, (name, part) in enumerate(weights.parts(w).items())}
+    )
 
 
 def _outputs(w, axes):
@@ -207,6 +209,24 @@ def test_a_prompt_is_looked_up_and_is_no_output():
     np.testing.assert_allclose(grad, 2 * prompt * jnp.array([[2], [1], [2]]), rtol=1e-6)  # twice the row, as often as it was looked up
 
 
+def test_a_perturbed_table_moves_what_is_looked_up_and_is_no_other_matrix():
+    axes, delta, ids = "vocab <- embed", _random((2, 5, 8), 2), jnp.array([[0, 1, 2, 5, 0], [3, 5, 5, 4, 7]])
+    prompt, x = _random((2, 8), 4), _random((2, 5, 8), 3)
+    for base in (_random((6, 8)), weights.prompted(_lora(weights.quantize(_random((6, 8)), axes=axes), axes), prompt)):
+        w = weights.Perturbed(base, delta)
+        assert weights.shape(w) == weights.dense(w).shape == (6, 8) and weights.rows(w) == weights.rows(base)
+        np.testing.assert_array_equal(ops.take(w, ids), ops.take(base, ids) + delta)
+        assert ops.take(w, ids, jnp.bfloat16).dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ops.einsum("btd,vd->btv", x, w), ops.einsum("btd,vd->btv", x, base))
+        entropy = jax.jit(lambda w: ops.linear_cross_entropy(x, w, ids % 6, chunk=4)[0])  # of a head that is tied to it
+        np.testing.assert_array_equal(entropy(w), entropy(base))
+        where = sharding.shardings(w, axes, sharding.make_mesh(data=2, tensor=2, fsdp=2))
+        np.testing.assert_allclose(jax.jit(ops.take)(jax.device_put(w, where), ids), ops.take(w, ids), atol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda d: jnp.sum(ops.take(weights.Perturbed(base, d), ids)))(delta), jnp.ones((2, 5, 8)))
+    with pytest.raises(ValueError, match=r"ids of shape \(2, 3\) are looked up in a table that is perturbed for \(2, 5\)"):
+        ops.take(w, ids[:, :3])
+
+
 @each_product
 @pytest.mark.parametrize("group", [None, 2])
 def test_int8_error_is_half_a_step(axes, shape, spec, x_shape, group):
@@ -325,8 +345,14 @@ MISTAKES = {
         lambda: weights.quantize(jnp.ones((6, 4)), axes="embed -> mlp", group=4),
         "group 4 does not divide axis 'embed' of 6; nearest is 2",
     ),
-    "a prompt of another width": (lambda: weights.prompted(jnp.ones((6, 4)), jnp.ones((2, 3))), r"\(2, 3\) has no place below a table \(6, 4\)"),
-    "an adapter on rows": (lambda: ops.take(weights.adapter(jnp.ones((6, 4)), 2, axes="v <- e", rng=KEY), jnp.ones(3, int)), "rows of a table"),
+    "a prompt of another width": (
+        lambda: weights.prompted(jnp.ones((6, 4)), jnp.ones((2, 3))),
+        r"\(2, 3\) has no place below a table \(6, 4\)",
+    ),
+    "an adapter on rows": (
+        lambda: ops.take(weights.adapter(jnp.ones((6, 4)), 2, axes="v <- e", rng=KEY), jnp.ones(3, int)),
+        "rows of a table",
+    ),
     "rank 0": (lambda: weights.lora(jnp.ones((6, 4)), 0, axes="embed -> mlp", rng=KEY), "rank of at least 1"),
 }
 

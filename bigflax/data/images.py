@@ -6,9 +6,11 @@
 In training a view is a part of the image drawn at random, of `min_area` to the whole of its area and with an aspect from 1 / `aspect` to
 `aspect`, scaled to a square, and mirrored with chance `flip` (Szegedy et al. 2015, arXiv 1409.4842, section 6). Otherwise it is the central
 square, `central` of the short side: the same as to scale the short side to size / central and to cut the middle out. Both take one
-resampling, bilinear and antialiased. What is drawn is a function of (seed, epoch, index) alone, so it resumes and does not ask who draws it.
+resampling, bilinear and antialiased. `augment`, in training alone, acts on the square: the functions of augment.py by name, in order. What is
+drawn is a function of (seed, epoch, index) alone, so it resumes and does not ask who draws it. Images that are all of one kind and size, as
+digits are, want them whole: min_area=1, aspect=1, flip=0, central=1.
 
-Left out on purpose: every other augmentation (color, mixing, erasing), views that are not square, labels that are not one class.
+Left out on purpose: views that are not square, labels that are not one class, what mixes images (ops/mixing.py, inside the step).
 
 Legend: H height, W width, C channels.
 """
@@ -22,6 +24,7 @@ import grain
 import jax
 import numpy as np
 
+from bigflax.data.augment import Chain, Said, create
 from bigflax.data.examples import field
 from bigflax.data.loader import Loader
 from bigflax.data.packing import Example
@@ -80,7 +83,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """`view(image, rng) -> float32 [C, size, size]` of uint8 [H, W, C]; without `rng` the central one."""
+    """`view(image, rng, augment) -> float32 [C, size, size]` of uint8 [H, W, C]; without `rng` the central one, and nothing of `augment`."""
 
     size: int
     mean: tuple[float, ...] = MEAN
@@ -101,13 +104,15 @@ class View:
                 f"{self.aspect} is at least 1"
             )
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None, augment: Chain | None = None) -> np.ndarray:
         library, (height, width) = extra("PIL.Image", "images"), image.shape[:2]
         box = self.middle(height, width) if rng is None else self.part(height, width, rng)
         scaled = library.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
         pixels = np.asarray(scaled.resize((self.size, self.size), library.Resampling.BILINEAR, box=box)).reshape(self.size, self.size, -1)
         if rng is not None and rng.random() < self.flip:
             pixels = pixels[:, ::-1]
+        if rng is not None and augment is not None:
+            pixels = augment(np.ascontiguousarray(pixels), rng)
         return channels_first(mean=self.mean, std=self.std)({"image": pixels})["pixel_values"]
 
     def middle(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -135,13 +140,14 @@ class Views:
     seed: int = 0
     repeat: bool | int = True
     read_threads: int = 0
+    augment: Chain | None = None
 
     def element(self, at: dict[str, int]) -> Example | None:
         record = self.records(at["index"])
         if record is None:
             return None
         rng = np.random.default_rng([self.seed, at["epoch"], at["index"]]) if self.random else None
-        return {"pixel_values": self.view(record["image"], rng), "labels": record["labels"]}
+        return {"pixel_values": self.view(record["image"], rng, self.augment), "labels": record["labels"]}
 
     def __call__(self, shard: int, shards: int) -> grain.IterDataset:
         return read(
@@ -160,6 +166,7 @@ def image_batches(
     aspect: float = 4 / 3,
     flip: float = 0.5,
     central: float = 0.875,
+    augment: Said = None,
     image_field: str = "image",
     label_field: str = "labels",
     classes: int | None = None,
@@ -173,25 +180,27 @@ def image_batches(
     read_threads: int = 0,
     **loader,
 ) -> Loader:
-    """Batches of pixel_values float32 [B, C, size, size] and labels int32 [B]; views are random in the "train" split alone.
+    """Batches of pixel_values float32 [B, C, size, size] and labels int32 [B]; views are random, and augmented, in the "train" split alone.
 
-    C is the length of `mean`. `classes`: where given, an image of a class beyond is a bad record. Other options as for `text_batches`.
+    `augment`: "randaugment:2:9,erase:0.25", see augment.py. C is the length of `mean`. `classes`: where given, an image of
+    a class beyond is a bad record. Other options as for `text_batches`.
     """
     quality = quality or Quality(field=None)
     weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
     view = View(size, tuple(mean), tuple(std), min_area, aspect, flip, central)
+    chain = create("image", augment)
     pictures = lambda one: Pictures(one, channels=len(view.mean), classes=classes, image=image_field, label=label_field)
     parts: list[MakeShard] = [
         Views(
             Records(pictures(one), quality, split, validation_fraction, split_by), view, split == "train", sub_seed(seed, "source", k),
-            repeat, read_threads,
+            repeat, read_threads, chain,
         )
         for k, (one, _) in enumerate(weighted)
     ]  # fmt: skip
     weights = [float(weight) for _, weight in weighted]
     make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
     stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "view": dataclasses.asdict(view)}
-    identity = {**stream, "fields": [image_field, label_field], "seed": seed, "repeat": repeat}
+    identity = {**stream, "augment": chain.said or None, "fields": [image_field, label_field], "seed": seed, "repeat": repeat}
     return make_loader(make, batch_size, mesh, quality, repeat, identity, loader)
 
 

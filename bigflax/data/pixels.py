@@ -3,8 +3,7 @@
     source = open_source("images", path="photos", size=224)
     batches = record_batches(source, channels_first(**NORMALIZED["imagenet"]), batch_size=256, mesh=mesh)
 
-Crops and flips are in images.py, whose batches end here. Left out on purpose: other augmentation (any function of a record may stand before
-this one).
+Crops and flips are in images.py, whose batches end here, other augmentation in augment.py; any function of a record may stand before this one.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from bigflax.ops.matmul import einsum
 from bigflax.sharding import axes_of, constrain, current_layout, platform
-from bigflax.weights import Prompted, is_typed, shape
+from bigflax.weights import Perturbed, Prompted, is_typed, shape
 
 IGNORE = -100
 NAIVE_LOGITS = 2**28  # one GiB of float32 logits: up to here a CPU takes them in one piece
@@ -64,7 +64,8 @@ def linear_cross_entropy(
     """
     B, T, _ = x_BTD.shape
     V = shape(w_VD)[0]
-    w_VD = w_VD.base if isinstance(w_VD, Prompted) else w_VD  # of a tied table: the prompt's rows are no outputs
+    while isinstance(w_VD, Prompted | Perturbed):  # a tied table: prompts are no outputs, and these are not perturbed
+        w_VD = w_VD.base
     if labels_BT.shape != (B, T):
         raise ValueError(f"labels are {labels_BT.shape} for x {x_BTD.shape}; give one label a position, {(B, T)}")
     if chunk is not None and chunk < 1:

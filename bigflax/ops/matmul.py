@@ -28,7 +28,7 @@ import qwix
 from jax.sharding import NamedSharding
 
 from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, platform, spec
-from bigflax.weights import IA3, KINDS, Adapter, DoRA, LoRA, Prompted, Quantized, Rounded, Weight, dense, shape
+from bigflax.weights import IA3, KINDS, Adapter, DoRA, LoRA, Perturbed, Prompted, Quantized, Rounded, Weight, dense, shape
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
@@ -48,7 +48,7 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
         return _scaled(spec, x, w, precision)
     if isinstance(w, Adapter):
         return _adapted(spec, x, w, precision)
-    if isinstance(w, Prompted):
+    if isinstance(w, Prompted | Perturbed):
         return einsum(spec, x, w.base, precision=precision)
     if isinstance(w, Quantized):
         return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
@@ -168,6 +168,11 @@ def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str | None, st
         V = shape(w_VD)[0]
         own, more = take(w_VD.base, ids, dtype, axes=axes), take(w_VD.prompt, jnp.maximum(ids - V, 0), dtype, axes=(None, axes[1]))
         return jnp.where((ids < V)[..., None], own, more.astype(own.dtype))
+    if isinstance(w_VD, Perturbed):
+        if w_VD.delta.shape[:-1] != ids.shape:
+            raise ValueError(f"ids of shape {ids.shape} are looked up in a table that is perturbed for {w_VD.delta.shape[:-1]}")
+        rows = take(w_VD.base, ids, dtype, axes=axes)
+        return rows + w_VD.delta.astype(rows.dtype)
     if isinstance(w_VD, Quantized):
         rows = dense(jax.tree.map(lambda part: part[ids] if part.shape[0] > 1 else part[0], w_VD))
         return rows if dtype is None else rows.astype(dtype)

@@ -341,28 +341,31 @@ def test_axes_name_every_dimension_and_what_is_a_statistic(family):
 # -- the small network beside PyTorch's modules ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_the_small_network_is_pytorchs_modules(batch_norm, tmp_path):
+@pytest.mark.parametrize("batch_norm, pools", [(True, None), (False, None), (True, [1, 5])], ids=["norm", "no norm", "pools"])
+def test_the_small_network_is_pytorchs_modules(batch_norm, pools, tmp_path):
     torch = pytest.importorskip("torch")
-    model = models.create("cnn", num_channels=2, image_size=12, hidden_sizes=[6, 10], dense_size=9, num_labels=5, batch_norm=batch_norm)
+    made = dict(num_channels=2, image_size=12, hidden_sizes=[6, 10], dense_size=9, num_labels=5)
+    model = models.create("cnn", **made, batch_norm=batch_norm, pools=pools)
+    first, second = pools or (2, 2)
     shapes, rng = model.shapes(), np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.uniform(0.1, 0.9, s.shape) * (9 if s.dtype == jnp.int32 else 1), s.dtype), shapes)
     bigflax.save(model, params, str(tmp_path))
 
     class Layer(torch.nn.Module):
-        def __init__(self, before, after):
+        def __init__(self, before, after, window):
             super().__init__()
+            self.window = window
             self.conv = torch.nn.Conv2d(before, after, 3, padding=1, bias=not batch_norm)
             self.norm = torch.nn.BatchNorm2d(after) if batch_norm else torch.nn.Identity()
 
         def forward(self, x):
-            return torch.nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+            return torch.nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), self.window)
 
     class Small(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = torch.nn.Sequential(Layer(2, 6), Layer(6, 10))
-            self.dense, self.classifier = torch.nn.Linear(90, 9), torch.nn.Linear(9, 5)
+            self.layers = torch.nn.Sequential(Layer(2, 6, first), Layer(6, 10, second))
+            self.dense, self.classifier = torch.nn.Linear(10 * (12 // first // second) ** 2, 9), torch.nn.Linear(9, 5)
 
         def forward(self, x):
             return self.classifier(torch.relu(self.dense(self.layers(x).flatten(1))))
@@ -404,6 +407,8 @@ MISTAKES = {
     "number of stages": (lambda: build("convnext", num_stages=3), r"num_stages 3 is not the number of depths \[2, 3\]"),
     "kind of layer": (lambda: build("resnet", layer_type="wide"), "unknown layer_type 'wide'"),
     "too many layers": (lambda: build("cnn", image_size=3), r"hidden_sizes \[8, 16\] are not 1 to 8 layers, .* an image of 3 pixels"),
+    "pooled away": (lambda: build("cnn", image_size=8, pools=[3, 3]), r"pooling by \[3, 3\] leaves something of an image of 8 pixels"),
+    "pools": (lambda: build("cnn", pools=[2]), r"hidden_sizes \[8, 16\] are not 1 to 8 layers, after which pooling by \[2\]"),
 }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """A small network for small images, as for MNIST's digits: convolution, batch norm, activation and pooling, some times over; a dense head.
 
-Ours alone (`model_type` "cnn"): LeCun et al. 1998's design with what came later. Each layer halves height and width; the dense head reads the
-last state whole, so images must have the size that it was built for. In the file, tensors are named and lie as in a PyTorch module of
-`layers[i].conv`, `layers[i].norm`, `dense`, which reads the flattened [C, H, W], and `classifier`.
+Ours alone (`model_type` "cnn"): LeCun et al. 1998's design with what came later. Each layer halves height and width, or divides them by its
+number in `pools`, 1 for not at all; the dense head reads the last state whole, so images must have the size that it was built for. In the
+file, tensors are named and lie as in a PyTorch module of `layers[i].conv`, `layers[i].norm`, `dense`, which reads the flattened [C, H, W],
+and `classifier`.
 """
 
+import math
 from collections.abc import Sequence
 
 from bigflax.models.convnet import Chain, Conv, ConvNet, ImageHead, MaxPool, Parts, Unit
@@ -21,6 +23,7 @@ def build(
     num_channels: int = 1,
     image_size: int = 28,
     hidden_sizes: Sequence[int] = (32, 64),
+    pools: Sequence[int] | None = None,
     kernel_size: int = 3,
     dense_size: int = 128,
     batch_norm: bool = True,
@@ -34,15 +37,17 @@ def build(
     remat: str = "none",
     unroll: int | bool = 1,
 ) -> ConvNet:
-    if not 0 < len(hidden_sizes) <= LAYERS or image_size >> len(hidden_sizes) == 0:
+    windows = [2] * len(hidden_sizes) if pools is None else list(pools)
+    if not 0 < len(hidden_sizes) <= LAYERS or len(windows) != len(hidden_sizes) or min(windows) < 1 or image_size < math.prod(windows):
         raise ValueError(
-            f"hidden_sizes {list(hidden_sizes)} are not 1 to {LAYERS} layers, each of which halves an image of {image_size} pixels"
+            f"hidden_sizes {list(hidden_sizes)} are not 1 to {LAYERS} layers, after which pooling by {windows} leaves something of an image "
+            f"of {image_size} pixels"
         )
     init, parts = normal(initializer_range), []
-    for i, features in enumerate(hidden_sizes):
+    for i, (features, window) in enumerate(zip(hidden_sizes, windows, strict=True)):
         axes = "embed -> _" if i else "_ -> embed"
         conv = Conv(features, kernel_size, bias=not batch_norm, axes=axes, init=init)
-        parts += [Unit(conv, hidden_act, layer_norm_eps if batch_norm else None), MaxPool(2, 2)]
+        parts += [Unit(conv, hidden_act, layer_norm_eps if batch_norm else None), MaxPool(window, window)]
     heads = {None: None, "image_classification": ImageHead(num_labels, dense_size, hidden_act, dropout, init)}
     return ConvNet(
         stem=Chain(Parts(tuple(parts))), pooled=False, head=pick(heads, head, "head"), channels=num_channels, image_size=image_size, dtype=dtype,
