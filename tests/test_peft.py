@@ -35,16 +35,15 @@ CASES = {
 }
 WITHOUT = {("gpt2", "head_only"), ("llama", "bitfit")}  # a tied head, no biases
 PAIRS = [(family, method) for family in FAMILIES for method in CASES if (family, method) not in WITHOUT]
-FAST = ("bert-lora", "bert-adapters", "bert-prompt", "gpt2-ia3", "gpt2-last_layers", "llama-dora", "llama-prefix")
+FAST = ("bert-lora", "bert-adapters", "gpt2-ia3", "gpt2-last_layers", "llama-prefix")
 some_slow = [pytest.param(*pair, marks=() if "-".join(pair) in FAST else pytest.mark.slow, id="-".join(pair)) for pair in PAIRS]
 
 
 @functools.cache
 def made(family):
     model = models.create(family, size="tiny", **FAMILIES[family])
-    params = jax.jit(model.init)(KEY)
     stir = lambda name, w: w + 0.05 * jax.random.normal(jax.random.fold_in(KEY, len(name)), w.shape)  # biases that are not zero
-    return model, trees.map_named(stir, params)
+    return model, jax.jit(lambda key: trees.map_named(stir, model.init(key)))(KEY)
 
 
 @functools.cache
@@ -119,15 +118,7 @@ def test_a_method(family, method, tmp_path):
         np.testing.assert_array_equal(logits_of(tuned.model, peft.attach(base, adapter), **inputs_of(family)), after)
 
 
-LAID_OUT = [
-    ("bert", "lora"),
-    ("bert", "adapters"),
-    ("gpt2", "ia3"),
-    ("llama", "dora"),
-    ("bert", "prompt"),
-    ("llama", "prefix"),
-    ("gpt2", "last_layers"),
-]
+LAID_OUT = [("bert", "lora"), ("bert", "adapters"), ("gpt2", "ia3"), ("bert", "prompt"), ("llama", "prefix")]
 
 
 @pytest.mark.slow
@@ -190,12 +181,13 @@ def test_a_quantized_base(make, kind, bits):
 
 def test_experts_of_a_mixture_are_adapted_too():
     model = models.create("mixtral", size="tiny")
-    params = jax.jit(model.init)(KEY)
-    rules = [("blocks/mlp/(gate|up|down)", 2)]
-    tuned = peft.lora(params, rules, axes=model.axes, rng=KEY)
-    ids = inputs_of("llama")["input_ids"][:2]
-    np.testing.assert_array_equal(logits_of(model, tuned, input_ids=ids), logits_of(model, params, input_ids=ids))
-    assert tuned["blocks"]["mlp"]["up"].a.shape == (*params["blocks"]["mlp"]["up"].shape[:3], 2)
+    adapt = lambda key: peft.lora(model.init(key), [("blocks/mlp/(gate|up|down)", 2)], axes=model.axes, rng=KEY)
+    tuned = jax.eval_shape(adapt, KEY)
+    assert tuned["blocks"]["mlp"]["up"].a.shape == (*model.shapes()["blocks"]["mlp"]["up"].shape[:3], 2)
+    out = jax.eval_shape(
+        lambda params: model.apply(params, input_ids=jnp.ones((2, 4), int)), tuned
+    )  # their products: tests/ops/test_moe.py
+    assert out["logits"].shape == (2, 4, 256)
 
 
 def test_decay_leaves_factors_and_biases_alone():
@@ -239,7 +231,7 @@ def test_dropout_is_of_the_step_and_of_a():
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_words_as_a_prompt_are_the_words(family):
     words, inputs = jnp.array([7, 8, 9]), inputs_of(family)
     model, params = made(family)
@@ -257,7 +249,7 @@ def test_words_as_a_prompt_are_the_words(family):
     np.testing.assert_array_equal(moved["logits"], got["logits"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2"])  # learned positions, which begin behind it
 def test_words_as_a_prefix_are_the_words_of_a_decoder(family):
     words, inputs = jnp.array([7, 8, 9]), inputs_of(family)
     model, params = made(family)
