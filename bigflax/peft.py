@@ -25,6 +25,7 @@ Left out on purpose: the network that makes a prefix while it trains (Li and Lia
 adapters inside of a branch, and rank schedules. Legend: B batch, T time, P tokens of a prompt, K kv heads, H head width, L layers.
 """
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -93,7 +94,7 @@ def quantized(params: Any, rules: trees.Rules, *, axes: Any, group: int = 64) ->
     return _adapted(one, params, rules, axes)
 
 
-IA3_RULES = (("blocks.*/attention/(k|v)", "outputs"), ("blocks.*/mlp/down", "inputs"))
+IA3_RULES = ((".*/(attention|cross)/(k|v)", "outputs"), (".*/mlp/down", "inputs"))
 
 
 def ia3(params: Any, rules: trees.Rules = IA3_RULES, *, axes: Any) -> Any:
@@ -111,13 +112,13 @@ def ia3(params: Any, rules: trees.Rules = IA3_RULES, *, axes: Any) -> Any:
     return _adapted(one, params, rules, axes)
 
 
-ADAPTER_RULES = (("blocks.*/(attention/out|mlp/down)", 64),)
+ADAPTER_RULES = ((".*/(attention/out|mlp/down)", 64),)
 
 
 def adapters(params: Any, rules: trees.Rules = ADAPTER_RULES, *, axes: Any, rng: Array, act: str = "relu") -> Any:
     """Bottleneck adapters, of the sizes that the rules say, behind the matrices that end a branch; they do nothing at the start.
 
-    After the attention and the mlp as Houlsby et al. have it; after the mlp alone, [("blocks.*/mlp/down", 64)], as Pfeiffer et al. do.
+    After the attention and the mlp as Houlsby et al. have it; after the mlp alone, [(".*/mlp/down", 64)], as Pfeiffer et al. do.
     """
     if act not in nn.ACTIVATIONS or not hasattr(jax.nn, act):
         known = sorted(name for name in nn.ACTIVATIONS if hasattr(jax.nn, name))
@@ -360,7 +361,8 @@ def last_layers(model: Model, params: Any, layers: int) -> Tuned:
             at = inside // period
             made += [(dataclasses.replace(group, repeats=at), name, slice(0, at))]
             first = len(made)
-            made += [(dataclasses.replace(group, repeats=group.repeats - at), name, slice(at, group.repeats))]
+            blocks = copy.deepcopy(group.blocks)  # modules that two groups share would share their weights
+            made += [(dataclasses.replace(group, blocks=blocks, repeats=group.repeats - at), name, slice(at, group.repeats))]
         else:
             made.append((group, name, None))
     module = model.module.clone(groups=tuple(group for group, _, _ in made))
