@@ -17,7 +17,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -251,20 +251,21 @@ def _list(items: Any) -> str:
 
 
 def save(
-    model: Model, params: Any, folder: str, *, dtype: Any = None, merge: bool = False, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES
-) -> None:
+    model: Model, params: Any, folder: str, *, dtype: Any = None, merge: bool = False, tokenizer: Any = None, labels: Sequence[str] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
     """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
 
     `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
     `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded, as do the
-    configs of generation and preprocessing.
+    configs of generation and preprocessing. `labels` are the names of a head's classes.
     """
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
     typed = [name for name, w in trees.named_leaves(params, is_typed) if is_typed(w)]
     if typed and not merge:
         raise ValueError(f"{_list(typed)} are typed weights, which transformers cannot read; merge=True writes the arrays they stand for")
-    written = _config(model, dtype)
+    written = _config(model, dtype, labels)
     home = models.family(model.family)
     leaves, axes = dict(trees.named_leaves(params, is_typed)), dict(trees.named_leaves(model.shapes()))
     if leaves.keys() != axes.keys():
@@ -339,7 +340,7 @@ def _written(stored: Any, dtype: Any) -> np.dtype:
     return np.dtype("int64") if jnp.issubdtype(stored, jnp.integer) else jnp.dtype(dtype or stored)
 
 
-def _config(model: Model, dtype: Any) -> dict[str, Any]:
+def _config(model: Model, dtype: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     """The config.json: that which was loaded, or the family's fields, with the architecture of the head."""
     home = models.family(model.family)
     fields = {key: value for key, value in model.config.items() if key not in published.OURS}
@@ -354,8 +355,11 @@ def _config(model: Model, dtype: Any) -> dict[str, Any]:
         fields[part] = {**(said.get(part) or {}), **fields[part]}
     labels = model.config.get("num_labels")
     taken = models.fields(home.build).get("num_labels")  # for granted, where a config says nothing
-    if labels is not None and labels != (len(said.get("id2label") or ()) or taken):
-        fields |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}, "label2id": {f"LABEL_{i}": i for i in range(labels)}}
+    if names and len(names) != labels:
+        raise ValueError(f"{len(names)} names of classes are not for this head of {labels}")
+    if labels is not None and (names or labels != (len(said.get("id2label") or ()) or taken)):
+        names = names or [f"LABEL_{i}" for i in range(labels)]
+        fields |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
     stored = {} if dtype is None else {"dtype": str(jnp.dtype(dtype))}
     return {**said, **fields, **stored, "model_type": model.family, "architectures": [home.HEADS[model.config["head"]][0]]}
 

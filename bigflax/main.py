@@ -4,7 +4,7 @@
     bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
     bigflax plan --topology=v5e:4x4 [--config=RECIPE]                 memory, time and money of a step on chips that are not here
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
-    bigflax convert SOURCE FOLDER [--dtype=bfloat16]                  a Hugging Face folder or hub id, written anew
+    bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a Hugging Face folder or hub id, written as such a folder
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
 What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved; a host that fell silent ends
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"bigflax {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = verbs.add_parser("train", parents=[common, devices, hosts], help="train, or continue what the work folder holds")
+    train.add_argument("--seeds", type=int, metavar="N", help="train N times, with seeds of their own, and say mean and deviation")
     train.add_argument("--allow-changes", action="store_true", help="continue a run although the recipe has changed")
     config = verbs.add_parser("config", help="look at recipes").add_subparsers(dest="action", required=True)
     show = config.add_parser("show", parents=[common], help="print the resolved recipe")
@@ -57,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", parents=[devices], help="continue a prompt with a trained model")
     generate.add_argument("--work", required=True, metavar="DIR", help="the work folder of a run")
     generate.add_argument("--prompt", required=True)
-    convert = verbs.add_parser("convert", parents=[devices], help="read a Hugging Face folder or hub id and write it anew")
-    convert.add_argument("source", help="a folder, or a hub id: owner/name")
+    convert = verbs.add_parser("convert", parents=[devices], help="write a run, or a Hugging Face folder or hub id, as such a folder")
+    convert.add_argument("source", help="the work folder of a run, a folder of weights, or a hub id: owner/name")
+    convert.add_argument("--adapter", action="store_true", help="of a run that trained few weights, those alone, as PEFT has them")
     convert.add_argument("target", help="the folder to write")
     convert.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the weights; by default as stored")
     parity = verbs.add_parser("parity", parents=[devices], help="compare a folder's model with transformers and PyTorch")
@@ -113,7 +115,11 @@ def train(args: argparse.Namespace, overrides: list[str]) -> int:
     config = recipes.resolve(recipes.load(args.config), overrides)
     if not config.work:
         raise ValueError("the recipe names no work folder; add --config.work=DIR")
-    return runs.train_run(config, allow_changes=args.allow_changes)
+    if args.seeds is None:
+        return runs.train_run(config, allow_changes=args.allow_changes)
+    if args.seeds < 1:
+        raise ValueError(f"--seeds={args.seeds} trains nothing; give 1 or more")
+    return runs.train_seeds(config, args.seeds, allow_changes=args.allow_changes)
 
 
 def config(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -158,8 +164,13 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
-    from bigflax import hub, trees
+    from bigflax import hub, runs, trees
 
+    if os.path.isdir(os.path.join(args.source, "checkpoints")):
+        runs.export(args.source, args.target, adapter=args.adapter, dtype=args.dtype)
+        return 0
+    if args.adapter:
+        raise ValueError(f"--adapter is for the work folder of a run, and {args.source!r} is none")
     model, params = hub.load(args.source, dtype=args.dtype)
     hub.save(model, params, args.target)
     print(

@@ -62,14 +62,15 @@ def model_keys(said: Mapping[str, Any], task: str) -> dict[str, Any]:
     name, size, source, wanted = said.get("name"), said.get("size"), said.get("source"), tasks.find(task).head
     if source is not None and size is not None:
         raise ValueError(f"model.source {source!r} has a size of its own; leave out model.size {size!r}")
-    published, config = (name or "", {}) if source is None else hub.describe(source, said.get("head", wanted or ""))
+    published = name or "" if source is None else hub.describe(source, None)[0]
     if name not in (None, published):
         raise ValueError(f"model.source {source!r} holds a {published}, not the {name} that model.name says")
     family = models.family(published)
     if size is not None and size not in family.SIZES:
         raise ValueError(f"{published} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
     head = {"head": wanted} if wanted is not None and wanted in getattr(family, "HEADS", {}) else {}
-    return {"name": published, "size": None, "source": None, **_keywords(family.build), **head, **(family.SIZES[size] if size else config)}
+    config = (family.SIZES[size] if size else {}) if source is None else hub.describe(source, said.get("head", head.get("head", "")))[1]
+    return {"name": published, "size": None, "source": None, **_keywords(family.build), **config, **head}
 
 
 def peft_keys(name: str | None) -> dict[str, Any]:

@@ -289,6 +289,31 @@ def model_fields(config: Config, kind: data.Kind, vocab_size: int | None, classe
     return agreed(config, **asked, **labels)
 
 
+def train_seeds(config: Config, seeds: int, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
+    """Trains the run once for each of so many seeds, from the recipe's on, in folders of their own, and says the mean and deviation of what is held
+    out; the exit code of the first run that did not end, else 0."""
+    summaries, home = [], config.work
+    for seed in range(config.seed, config.seed + seeds):
+        one = config.copy_and_resolve_references()
+        with one.unlocked():
+            one.seed, one.work = seed, os.path.join(home, f"seed{seed}")
+        if code := train_run(one, allow_changes=allow_changes, say=say):
+            return code
+        summaries.append(json.loads((open_path(one.work) / "summary.json").read_text()))
+    spread = {
+        name: {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)) if seeds > 1 else 0.0, "values": values}
+        for name in summaries[0]
+        if name.startswith("eval/") and (values := [summary[name] for summary in summaries])
+    }
+    if jax.process_index() == 0:
+        say(f"\n{seeds} seeds")
+        for name, found in spread.items():
+            values = ", ".join(f"{value:.4g}" for value in found["values"])
+            say(f"{name.replace('eval/', 'held-out ').replace('_', ' '):<28} {found['mean']:.4g} +- {found['deviation']:.2g}   ({values})")
+        (open_path(home) / "seeds.json").write_text(json.dumps(spread, indent=1))
+    return 0
+
+
 def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
     """Trains, or continues, the run of `config.work`; returns the exit code: 0, or StopSignal.CODE where a signal ended it early."""
     began = time.perf_counter()
@@ -351,6 +376,26 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
     if first:
         summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
     return 0
+
+
+def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
+    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
+    adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
+    with Checkpoints(os.path.join(work, "checkpoints")) as checkpoints:
+        said = recipes.unflatten(checkpoints.meta()["config"])
+        watch = said.watch if said.fit.eval_every or said.fit.epochs else None
+    best = None if watch is None else (watch.metric, watch.mode)
+    with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
+        said.work = work
+        run, step = Run(said), checkpoints.best() or checkpoints.latest()
+        weights = checkpoints.restore(run.state_like(), step=step).state.weights
+    names = run.classes if isinstance(run.classes, tuple | list) else ()
+    if adapter:
+        adapters.save_adapter(run.model, weights, folder)
+    else:
+        tokenizer = run.tokenizer if run.kind.tokenized else None
+        hub.save(run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=names)
+    say(f"the weights of step {step} are in {folder}")
 
 
 def summarized(work: str) -> int | None:
