@@ -22,7 +22,23 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
-    *("checkpoint", "chips", "curves", "data", "flops", "hub", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "planner"),
+    *(
+        "checkpoint",
+        "chips",
+        "curves",
+        "data",
+        "flops",
+        "hub",
+        "losses",
+        "metrics",
+        "models",
+        "nn",
+        "ops",
+        "optim",
+        "peft",
+        "sharding",
+        "planner",
+    ),
     *("tasks", "topology", "trees", "weights", "yardsticks"),
 )
 

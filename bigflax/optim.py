@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import trees
-from bigflax.weights import parse_axes
+from bigflax.weights import VECTORS, parse_axes
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
@@ -97,7 +97,8 @@ def _matrices(params: Any, axes: Any) -> Any:
         return jax.tree.map(lambda w: w.ndim >= 2, params)
     # `axes` is the whole model's tree; `params` may lack what is frozen and hold parts of typed weights, so look names up.
     texts = dict(trees.named_leaves(axes))
-    return trees.map_named(lambda name, w: bool(parse_axes(texts[name]).first) if name in texts else w.ndim >= 2, params)
+    matrix = lambda name, w: w.ndim >= 2 and name.rpartition("/")[2] not in VECTORS
+    return trees.map_named(lambda name, w: bool(parse_axes(texts[name]).first) if name in texts else matrix(name, w), params)
 
 
 def _decayed(descent: optax.GradientTransformation, rate: optax.Schedule, weight_decay: float, mask: Any) -> optax.GradientTransformation:

@@ -36,7 +36,7 @@ from bigflax.hosts import StopSignal
 from bigflax.metrics import Mean, Meter, as_floats, combine
 from bigflax.sharding import NOWHERE, TABLE, Table, make_mesh, replicated, shardings, tracing_on
 from bigflax.topology import StandIn
-from bigflax.weights import trainable
+from bigflax.weights import trains
 
 
 class State(NamedTuple):
@@ -92,16 +92,15 @@ def _born(init, tx, mesh, axes, seed, freeze, table):
     weights = init if callable(init) else lambda params: jax.tree.map(jnp.copy, params)
     source = jax.random.key(seed) if callable(init) else init
     shapes = jax.eval_shape(weights, source)
-    frozen = trees.apply_rules(freeze, shapes, default=False)
-    trains = jax.tree.map(lambda can, no: can and not no, trainable(shapes, axes), frozen)
-    if not any(jax.tree.leaves(trains)):
+    kept = trains(shapes, freeze, axes)
+    if not any(jax.tree.leaves(kept)):
         raise ValueError("nothing trains: the freeze rules and the weights' types leave no weight; freeze less")
 
     def make(source: Any) -> State:
-        params, rest = trees.partition(weights(source), trains)
+        params, rest = trees.partition(weights(source), kept)
         return State(jnp.zeros((), jnp.int32), params, rest, tx.init(params), jnp.zeros((), jnp.int32))
 
-    params, rest = trees.partition(shardings(shapes, axes, mesh, table), trains)
+    params, rest = trees.partition(shardings(shapes, axes, mesh, table), kept)
     like = jax.eval_shape(make, source)
     place = lambda tree, where: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
     like = like._replace(params=place(like.params, params), frozen=place(like.frozen, rest))

@@ -34,7 +34,7 @@ Left out on purpose: Sparse and LowRank arrive with the functions that make them
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +48,7 @@ Quantized = qwix.QArray
 Weight = Any  # Array, or one of the types below: what ops.einsum multiplies by
 
 
-def _weight(*parts: str, meta: Sequence[str] = ()) -> Callable[[type], type]:
+def _weight(*parts: str, meta: Sequence[str] = ()):
     """Registers a typed weight as a pytree of these parts."""
     return functools.partial(jax.tree_util.register_dataclass, data_fields=[*parts], meta_fields=[*meta])
 
@@ -62,17 +62,22 @@ class Rounded:
     kind: str
 
 
-@_weight("base", "a", "b", meta=["alpha", "rs"])
+@_weight("base", "a", "b", "key", meta=["alpha", "rs", "rate"])
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """w = base + (a . b) * scale, with a: [..stack, ..first, rank] and b: [..stack, rank, ..second], the axes of `base` as they are written;
-    the scale is alpha / rank, or with `rs` alpha / sqrt(rank)."""
+    the scale is alpha / rank, or with `rs` alpha / sqrt(rank).
+
+    Within a training step it may hold the `key` [..stack] of that step, and then entries of what `a` multiplies are dropped with the chance `rate`
+    (peft.dropout): a weight stays a value, and randomness a function of the step."""
 
     base: Weight
     a: Array
     b: Array
     alpha: float = 1.0
     rs: bool = False
+    key: Array | None = None
+    rate: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -85,7 +90,7 @@ class LoRA:
         return self.a.ndim + self.b.ndim - 2 - len(shape(self.base))
 
 
-@_weight("base", "a", "b", "magnitude", meta=["alpha", "rs"])
+@_weight("base", "a", "b", "magnitude", "key", meta=["alpha", "rs", "rate"])
 @dataclasses.dataclass(frozen=True)
 class DoRA:
     """w = magnitude * v / |v|, where v is the LoRA of the same parts and |v| its norm over the inputs, a constant to the gradient.
@@ -98,10 +103,12 @@ class DoRA:
     magnitude: Array
     alpha: float = 1.0
     rs: bool = False
+    key: Array | None = None
+    rate: float = 0.0
 
     @property
     def direction(self) -> LoRA:
-        return LoRA(self.base, self.a, self.b, self.alpha, self.rs)
+        return LoRA(self.base, self.a, self.b, self.alpha, self.rs, self.key, self.rate)
 
     @property
     def factor(self) -> Array:
@@ -153,6 +160,12 @@ class Prompted:
 
 
 Adapted = LoRA | DoRA | IA3 | Adapter | Prompted  # what stands upon a `base`
+VECTORS = (
+    "magnitude",
+    "scale",
+    "down_bias",
+    "up_bias",
+)  # the parts of those that are no matrices, whatever their dimensions: they do not decay
 
 
 # kind -> the types of what a product and its gradient are made of: activations and weights, the gradient that comes back, and whether the
@@ -210,7 +223,7 @@ def rows(w: Weight) -> int:
 
 
 def parts(w: Adapted) -> dict[str, Array]:
-    """What stands upon the base, by name; the `bias` among them is a copy that does not train."""
+    """What stands upon the base, by name; `bias`, a copy, and `key` among them do not train."""
     return {f.name: part for f in dataclasses.fields(w) if f.name != "base" and hasattr(part := getattr(w, f.name), "dtype")}
 
 
@@ -231,7 +244,9 @@ def dense(w: Weight) -> Array:
     if isinstance(w, IA3):
         raise ValueError("an IA3 over a product with a bias is no array alone, for it scales the bias too; peft.merge merges both")
     if isinstance(w, Adapter):
-        raise ValueError("an adapter is a function, not a matrix: no array can stand for it, so it is not merged; keep it, or peft.split it off")
+        raise ValueError(
+            "an adapter is a function, not a matrix: no array can stand for it, so it is not merged; keep it, or peft.split it off"
+        )
     if isinstance(w, Prompted):
         return dense(w.base)
     if isinstance(w, Rounded):
@@ -249,12 +264,12 @@ def part_axes(w: Weight, axes: str) -> Any:
     """The axes of each part of `w`, in `w`'s own structure: a scale keeps the axes along which it varies, LoRA's `a` its base's first ones."""
     ax = parse_axes(axes)
     along = lambda part, full: " ".join(n if s == f else "_" for n, s, f in zip(ax.names, part.shape, full, strict=True))
-    inner = lambda *names: write_axes(Axes(ax.stack, *names, False))
+    inner = lambda first, second: write_axes(Axes(ax.stack, first, second, False))
     outputs = ax.first if ax.outputs_first else ax.second
     if isinstance(w, Adapted):
         names: dict[str, str] = {
             "a": inner(ax.first, ("_",)), "b": inner(("_",), ax.second), "down": inner(outputs, ("_",)), "down_bias": inner((), ("_",)),
-            "up": inner(("_",), outputs), "up_bias": inner((), outputs), "bias": inner((), outputs), "prompt": inner(("_",), ax.second),
+            "up": inner(("_",), outputs), "up_bias": inner((), outputs), "bias": inner((), outputs), "key": inner((), ()), "prompt": inner(("_",), ax.second),
         }  # fmt: skip
         names |= {name: along(part, shape(w)) for name, part in parts(w).items() if name in ("magnitude", "scale")}
         return dataclasses.replace(w, base=part_axes(w.base, axes), **{name: names[name] for name in parts(w)})
@@ -267,7 +282,8 @@ def part_axes(w: Weight, axes: str) -> Any:
 
 
 def quantize(w: Array, qtype: str = "int8", *, axes: str, group: int | None = None) -> Quantized:
-    """Round-to-nearest: returns q with `shape(q) == w.shape` and `abs(w - dense(q)) <= q.scale / 2` everywhere.
+    """Round-to-nearest: returns q with `shape(q) == w.shape` and, of "int8" and "int4", `abs(w - dense(q)) <= q.scale / 2` everywhere; "nf4" has
+    steps of unequal size.
 
     One scale for each output channel and layer, shared over the input axes; with `group`, one for each `group` entries of the last input axis.
     """
@@ -284,9 +300,7 @@ def quantize(w: Array, qtype: str = "int8", *, axes: str, group: int | None = No
     return qwix.quantize(w, qtype, channelwise_axes=kept, tiled_axes=tiles)
 
 
-def lora(
-    w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = None, rs: bool = False, dtype: Any = jnp.float32
-) -> LoRA:
+def lora(w: Weight, rank: int, *, axes: str, rng: Array, alpha: float | None = None, rs: bool = False, dtype: Any = jnp.float32) -> LoRA:
     """LoRA over any weight: `a` is drawn uniformly (He et al., gain 1/3), `b` is zero, so `dense(lora(w)) == dense(w)` at the start."""
     stack, first, second = _dimensions(w, axes, "LoRA", rank)
     bound = 1 / math.sqrt(math.prod(first))
@@ -365,12 +379,18 @@ def trainable(tree: Any, axes: Any = None) -> Any:
         if isinstance(w, Quantized) or "statistic" in parse_axes(text).names:
             return jax.tree.map(lambda _: False, w)
         if isinstance(w, Adapted):
-            return dataclasses.replace(w, base=one(w.base), **{name: name != "bias" for name in parts(w)})
+            return dataclasses.replace(w, base=one(w.base), **{name: name not in ("bias", "key") for name in parts(w)})
         if isinstance(w, Rounded):
             return Rounded(one(w.w), w.kind)  # type: ignore[arg-type]
         return bool(jnp.issubdtype(w.dtype, jnp.inexact))
 
     return jax.tree.map(one, tree, *([] if axes is None else [axes]), is_leaf=is_typed)
+
+
+def trains(params: Any, freeze: trees.Rules, axes: Any = None) -> Any:
+    """The tree of booleans of what trains: what can (`trainable`) and what no rule of `freeze` holds."""
+    frozen = trees.apply_rules(freeze, params, default=False)
+    return jax.tree.map(lambda can, no: can and not no, trainable(params, axes), frozen)
 
 
 def named_weights(params: Any) -> list[tuple[str, Weight]]:

@@ -44,6 +44,8 @@ WEIGHTS = {
     "array": lambda w, axes: w,
     "int8": lambda w, axes: weights.quantize(w, "int8", axes=axes),
     "int8 by groups": lambda w, axes: weights.quantize(w, "int8", axes=axes, group=2),
+    "int4 by groups": lambda w, axes: weights.quantize(w, "int4", axes=axes, group=2),
+    "nf4 by groups": lambda w, axes: weights.quantize(w, "nf4", axes=axes, group=2),
     "lora": _lora,
     "lora over int8": lambda w, axes: _lora(weights.quantize(w, "int8", axes=axes), axes),
     "lora over lora": lambda w, axes: _lora(_lora(w, axes), axes, rank=3),

@@ -39,7 +39,7 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
         split, stack = w.a.ndim - 1, weight[: w.stacked]  # a stack of matrices (experts) leads both a and b
         spec_ab = f"{inputs},{weight[:split]}{rank},{stack}{rank}{weight[split:]}->{output}"
         # One einsum of three operands: its contraction order goes through the rank, whichever side of the weight is summed over.
-        update = jnp.einsum(spec_ab, x, w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
+        update = jnp.einsum(spec_ab, _dropped(x, w), w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
         return einsum(spec, x, w.base, precision=precision) + update * w.scale
     if isinstance(w, DoRA):
         inputs, weight, output = _operands(spec)
@@ -55,6 +55,13 @@ def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
     if isinstance(w, Rounded):
         return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
     return jnp.einsum(spec, x, _cast(w, x.dtype), precision=precision)
+
+
+def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
+    if w.key is None:
+        return x
+    kept = jax.random.bernoulli(w.key, 1 - w.rate, x.shape)
+    return jnp.where(kept, x / (1 - w.rate), jnp.zeros((), x.dtype))
 
 
 def _scaled(spec: str, x: jax.Array, w: IA3, precision) -> jax.Array:
@@ -144,7 +151,7 @@ def _rounded_backward(spec, kind, saved, g):
 _rounded.defvjp(lambda spec, kind, x, w: (_rounded(spec, kind, x, w), (x, w)), _rounded_backward)
 
 
-def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str, str | None] = ("vocab", "embed")) -> jax.Array:
+def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str | None, str | None] = ("vocab", "embed")) -> jax.Array:
     """Rows of a weight, whose `axes` these are: [V, D], ids [...] -> [..., D]. Ids outside 0..V-1 are clipped, as everywhere in JAX."""
     if isinstance(w_VD, Rounded):
         return take(w_VD.w, ids, dtype, axes=axes)

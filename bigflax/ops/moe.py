@@ -78,9 +78,9 @@ def mixture(
 
     `product(x, w)` multiplies each row by its own expert's matrix of w [E, in, out], which may be typed; `axes` are those weights' axis
     strings. A LoRA goes through its rank everywhere; a Quantized is multiplied as it is by the reference and under capacity, and made dense for
-    grouped products. With "capacity" an expert takes `capacity_factor` C M / E rows of a device's M tokens, 1.25 where None is said; else a device
-    takes that many times its share of its group's rows, and None means all. Where rows can be dropped, tokens that are not `real_BT` take no room,
-    and what they choose adds nothing; where they cannot, None are counted.
+    grouped products; others are made dense. With "capacity" an expert takes `capacity_factor` C M / E rows of a device's M tokens, 1.25 where None
+    is said; else a device takes that many times its share of its group's rows, and None means all. Where rows can be dropped, tokens that are not
+    `real_BT` take no room, and what they choose adds nothing; where they cannot, None are counted.
     """
     if implementation is None:
         implementation = _choose(x_BTD, chosen_BTC, params, axes)
@@ -208,7 +208,7 @@ def _narrow(w: Weight, dtype: Any) -> Weight:
     """Floats in the dtype of the product before they are gathered; integers as they are, unless their scales are shared by groups of inputs, which
     a shard of columns may cut."""
     if isinstance(w, LoRA):
-        return dataclasses.replace(w, base=_narrow(w.base, dtype), a=w.a.astype(dtype), b=w.b.astype(dtype))
+        return dataclasses.replace(w, base=_narrow(w.base, dtype), a=w.a.astype(dtype), b=w.b.astype(dtype), key=None)
     if isinstance(w, Quantized) and all(part in (1, whole) for part, whole in zip(w.scale.shape, w.qvalue.shape, strict=True)):
         return w
     return dense(w).astype(dtype)

@@ -69,6 +69,12 @@ def lora_of(name):
     return weights.LoRA(made.base, made.a, 0.3 * jax.random.normal(jax.random.key(2), made.b.shape), made.alpha)
 
 
+@functools.cache
+def dora_of(name):
+    made = weights.dora(jnp.asarray(PARAMS[name]), 3, axes=AXES[name], rng=jax.random.key(1), alpha=2.0)
+    return weights.DoRA(made.base, made.a, lora_of(name).b, 1.3 * made.magnitude, made.alpha)
+
+
 int8 = lambda name: weights.quantize(jnp.asarray(PARAMS[name]), "int8", axes=AXES[name])
 WEIGHTS = {
     "arrays": lambda name: jnp.asarray(PARAMS[name]),
@@ -76,6 +82,7 @@ WEIGHTS = {
     "int8 by groups": lambda name: weights.quantize(jnp.asarray(PARAMS[name]), "int8", axes=AXES[name], group=4),
     "lora": lora_of,
     "lora over int8": lambda name: weights.LoRA(int8(name), lora_of(name).a, lora_of(name).b, 2.0),
+    "dora": dora_of,
 }
 each_weight = pytest.mark.parametrize("kind", WEIGHTS)
 
