@@ -38,11 +38,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bigflax import hub, models, trees
+from bigflax import hub, models, peft, trees
 from bigflax.models import names
 from bigflax.nn import Model
 from bigflax.sharding import TABLE, Table, shardings
-from bigflax.weights import IA3, Adapted, Axes, DoRA, LoRA, dense, is_typed, parse_axes, shape
+from bigflax.weights import IA3, Adapted, Axes, DoRA, LoRA, Prompted, dense, is_typed, parse_axes
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # the head of a model -> what PEFT calls its task
@@ -52,10 +52,12 @@ TASKS = {
 }  # fmt: skip
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq_lm")  # heads that are the base's own
 # Fields of a config that change what its tensors mean, and that weights.py has nothing for.
+METHODS = {"LoRA": "LORA", "DoRA": "LORA", "IA3": "IA3", "Prompted": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}  # ours -> PEFT's type
 UNKNOWN = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config", "prefix_projection",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
+SOFT = ("PROMPT_TUNING", "PREFIX_TUNING")
 CHANGING = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")  # values of init_lora_weights that change the base
 
 Arrays = Mapping[str, np.ndarray]
@@ -166,8 +168,9 @@ class Module:
 
 def _modules(model: Model, *, prefixed: bool = False) -> tuple[list[Module], names.Shapes]:
     """Every line of the model's table as a module, those that are none (biases, norms) too, and the shapes of our leaves."""
-    axes = dict(trees.named_leaves(model.axes))
-    shapes = {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
+    bare, _ = peft.split(model.shapes())  # a prompt or a prefix is in no table
+    model = dataclasses.replace(model, shaped=bare)
+    axes, shapes = dict(trees.named_leaves(model.axes)), {name: leaf.shape for name, leaf in trees.named_leaves(bare)}
     return [Module(line, parse_axes(axes[line.leaves[0]])) for line in hub.lines(model, prefixed=prefixed)], shapes
 
 
@@ -186,6 +189,7 @@ def _host(x: Any) -> np.ndarray:
 def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE) -> Any:
     """`params` with the adapter of a folder or hub id upon them; its parts are float32, and lie by `table` on the mesh of the weights.
 
+    A prompt or a prefix is read onto a model that has one as long: onto what `peft.prompt` or `peft.prefix` makes.
     Raises ValueError, which names the first key that does not fit, for an adapter of another base or of what we do not compute; FileNotFoundError.
     """
     folder = hub.fetch(source)
@@ -195,7 +199,8 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
     modules, shapes = _modules(model)
     weights, read = dict(trees.named_leaves(params, is_typed)), _lora if said["peft_type"] == "LORA" else _ia3
     biases = {module.stem: module.entry.leaves for module in modules}
-    known, made = set(), {}
+    soft = files.get("prompt_embeddings") if said["peft_type"] in SOFT else None
+    known, made = (set(), {}) if soft is None else ({"prompt_embeddings"}, _soft(said["peft_type"], soft, weights, folder))
     for module in modules:
         whole = {name for name, _ in module.entry.names(shapes)}
         parts = {name for line in module.lines.values() for name, _ in line.names(shapes)} if module.fits else set()
@@ -242,8 +247,8 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
             raise FileNotFoundError(f"{folder!r} has no {name}; a folder as PEFT writes it is needed{hint}")
     said = hub.read_json(os.path.join(folder, CONFIG), "peft_type")
     where = os.path.join(folder, CONFIG)
-    if said["peft_type"] not in ("LORA", "IA3"):
-        raise ValueError(f"{where!r} is of type {said['peft_type']!r}; LORA and IA3 are read")
+    if said["peft_type"] not in ("LORA", "IA3", *SOFT):
+        raise ValueError(f"{where!r} is of type {said['peft_type']!r}; {', '.join(('LORA', 'IA3', *SOFT))} are read")
     if asked := [name for name in UNKNOWN if said.get(name)]:
         raise ValueError(f"{where!r} has {asked[0]} = {said[asked[0]]!r}, which is not supported")
     if CHANGING.fullmatch(str(said.get("init_lora_weights")).lower()):
@@ -256,7 +261,23 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
 
 def _bare(key: str, prefix: str) -> str:
     """A key without PEFT's prefix, and without the family's, which a base that has no head lacks."""
-    return key.removeprefix(PREFIX).removeprefix(prefix).replace(".base_layer.", ".")
+    return key.removeprefix("base_model.").removeprefix("model.").removeprefix(prefix).replace(".base_layer.", ".")
+
+
+def _soft(kind: str, file: _Stored, weights: dict, folder: str) -> dict[str, Any]:
+    """The leaves of a prompt or of a prefix."""
+    name, maker, leaf = ("prompt", "prompt", "embed/tokens") if kind == "PROMPT_TUNING" else ("prefix", "prefix", "prefix/k")
+    there = weights.get(leaf) if kind == "PREFIX_TUNING" or isinstance(weights.get(leaf), Prompted) else None
+    P = file.tensor.shape[0]
+    if there is None or P != (there.prompt.shape[0] if isinstance(there, Prompted) else there.shape[1]):
+        raise ValueError(
+            f"{folder!r} is a {name} of {P} tokens, and these params have none as long; peft.{maker}(model, params, {P}) makes such"
+        )
+    if isinstance(there, Prompted):
+        return {leaf: dataclasses.replace(there, prompt=file.read(there.prompt.shape))}
+    L, P, K, H = there.shape
+    rows_PL2KH = file.read((P, 2 * L * K * H)).reshape(P, L, 2, K, H)
+    return {f"prefix/{part}": rows_PL2KH[:, :, i].swapaxes(0, 1) for i, part in enumerate("kv")}
 
 
 def _gather(module: Module, what: str, tensors: Arrays, shapes: names.Shapes, rank: int = 1) -> dict[str, np.ndarray]:
@@ -265,7 +286,7 @@ def _gather(module: Module, what: str, tensors: Arrays, shapes: names.Shapes, ra
     return {leaf: line.read(leaf, (slice(None),) * len(ours[leaf]), ours, tensors.__getitem__, np.float32) for leaf in line.leaves}
 
 
-def _lora(module: Module, files: Mapping[str, _Stored], said: dict, weights: dict, shapes: names.Shapes, _: Any) -> dict[str, Adapted]:
+def _lora(module: Module, files: Mapping[str, _Stored], said: dict, weights: dict, shapes: names.Shapes, _: Any) -> dict[str, Any]:
     rs, dora, layers = bool(said.get("use_rslora")), bool(said.get("use_dora")), len(module.entry.fields)
     root = math.sqrt if rs else float
     tensors, widest, scale, alpha = _padded(module, files, said, root, shapes)
@@ -274,7 +295,7 @@ def _lora(module: Module, files: Mapping[str, _Stored], said: dict, weights: dic
     magnitudes = _vectors(module, "magnitude", files, shapes, lengths) if dora else {}
     axis = {"a": -1, "b": layers}  # of the rank
     reach = {leaf: np.flatnonzero(np.moveaxis(part, axis[module.far], 0).reshape(widest, -1).any(1)) for leaf, part in far.items()}
-    made: dict[str, Adapted] = {}
+    made: dict[str, Any] = {}
     for leaf, part in far.items():
         # A part of a joined module has the ranks that reach it, and no adapter where none does; what has not been trained at all has them all.
         ranks = reach[leaf] if len(far) > 1 and any(map(len, reach.values())) else np.arange(widest)
@@ -324,14 +345,14 @@ def _vectors(module: Module, what: str, files: Mapping[str, _Stored], shapes: na
     return _gather(module, what, tensors, shapes)
 
 
-def _ia3(module: Module, files: Mapping[str, _Stored], said: dict, weights: dict, shapes: names.Shapes, biases: Any) -> dict[str, Adapted]:
+def _ia3(module: Module, files: Mapping[str, _Stored], said: dict, weights: dict, shapes: names.Shapes, biases: Any) -> dict[str, Any]:
     outputs = module.lines["scale of outputs"]
     first = next(files[name] for name, _ in outputs.names(shapes) if name in files)
     inputs = first.tensor.shape[0] == 1 and outputs.shape(module.shapes("scale of outputs", shapes))[0] > 1
     what = "scale of inputs" if inputs else "scale of outputs"
     ones = {leaf: np.ones(size, np.float32) for leaf, size in module.shapes(what, shapes).items()}
     scales = _vectors(module, what, files, shapes, ones)
-    made: dict[str, Adapted] = {}
+    made: dict[str, Any] = {}
     for i, leaf in enumerate(module.entry.leaves):
         scale = scales[module.lines[what].leaves[0] if inputs else leaf]
         if len(scales) == 1 or (scale != 1).any() or all((other == 1).all() for other in scales.values()):
@@ -377,52 +398,73 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
     leaves = dict(trees.named_leaves(params, is_typed))
-    kinds = {type(w) for w in leaves.values() if isinstance(w, Adapted)}
-    if len(kinds) != 1 or not kinds <= {LoRA, DoRA, IA3}:
-        said = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no adapter"
-        raise ValueError(f"PEFT's folder holds LoRA, DoRA or IA3, one of them, and these weights have {said}")
-    head, home = model.config["head"], models.family(model.family)
+    found = {type(w).__name__ for w in leaves.values() if isinstance(w, Adapted)} | {name.partition("/")[0] for name in leaves} & {"prefix"}
+    if len(found) != 1 or not found <= METHODS.keys():
+        raise ValueError(
+            f"PEFT's folder holds one of {', '.join(METHODS)}, and these weights have {', '.join(sorted(found)) or 'no adapter'}"
+        )
+    (method,), (head, home) = found, (model.config["head"], models.family(model.family))
     whole = ([] if head in (*LANGUAGE, None) else ["head/.*"]) if whole is None else whole
     modules, shapes = _modules(model, prefixed=home.HEADS[head][0] != home.HEADS[None][0])
     biases = {module.stem: module.entry.leaves for module in modules}
     rs = all(w.rs for w in leaves.values() if isinstance(w, LoRA | DoRA))
-    tensors, settings, kept = {}, {}, set()
+    begin, (tensors, said) = ("base_model.", _write_soft(model, leaves)) if METHODS[method] in SOFT else (PREFIX, ({}, {}))
+    settings, kept = {}, set()
     for module in modules:
-        own = [name for name, _ in module.entry.names(shapes)]
-        if any(isinstance(leaves[leaf], Adapted) for leaf in module.entry.leaves):
-            _check(model, module, leaves, kinds)
+        own = dict(module.entry.names(shapes))
+        if any(isinstance(leaves[leaf], LoRA | DoRA | IA3) for leaf in module.entry.leaves):
+            _check(model, module, leaves)
             bias = biases.get(f"{module.stem}.bias")
-            made, setting = _write_ia3(module, leaves, shapes, bias) if kinds == {IA3} else _write_lora(module, leaves, shapes, rs)
-            tensors |= made
+            made, setting = _write_ia3(module, leaves, shapes, bias) if method == "IA3" else _write_lora(module, leaves, shapes, rs)
             settings |= dict.fromkeys((name.removesuffix(".weight") for name in own), (setting, module.transposed))
         elif any(re.fullmatch(pattern, leaf) for pattern in whole for leaf in module.entry.leaves):
-            tensors |= {name: module.entry.write(at, lambda leaf: _host(dense(leaves[leaf]))) for name, at in module.entry.names(shapes)}
+            made = {name: module.entry.write(at, lambda leaf: _host(dense(leaves[leaf]))) for name, at in own.items()}
             kept |= {name.rpartition(".")[0] for name in own}
+        else:
+            continue
+        tensors |= {begin + name: a for name, a in made.items()}
     if jax.process_index() != 0:
         return
     from safetensors.numpy import save_file
 
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, TENSORS)
-    save_file({PREFIX + name: a for name, a in tensors.items()}, path + ".tmp", metadata={"format": "pt"})
+    save_file(tensors, path + ".tmp", metadata={"format": "pt"})
     os.replace(path + ".tmp", path)
     ours = {name.rpartition(".")[0] for module in modules for name, _ in module.entry.names(shapes)}
     others = {template.rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
-    # PEFT takes the scores of a task to be in the folder
     scored = head in (*LANGUAGE, None) or all(any(re.fullmatch(p, leaf) for p in whole) for leaf in leaves if leaf.startswith("head/"))
-    said = {
-        "peft_type": "IA3" if kinds == {IA3} else "LORA", "task_type": TASKS.get(head) if scored else None, "inference_mode": True,
-        "base_model_name_or_path": model.source, "fan_in_fan_out": any(transposed for _, transposed in settings.values()),
-        "modules_to_save": _roots(kept, ours) or None, **_targets(settings, ours | others, kinds, rs),
+    said |= {
+        "peft_type": METHODS[method], "task_type": TASKS.get(head) if scored else None, "inference_mode": True,  # a task's scores are in the folder
+        "base_model_name_or_path": model.source, "modules_to_save": _roots(kept, ours) or None,
+        **(_targets(settings, ours | others, method, rs) if settings else {}),
     }  # fmt: skip
     hub.write_file(os.path.join(folder, CONFIG), json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
-def _check(model: Model, module: Module, leaves: Mapping[str, Any], kinds: set[type]) -> None:
+def _write_soft(model: Model, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensor and the fields of a prompt or a prefix."""
+    groups = model.module.groups
+    common = {"num_layers": sum(group.layers for group in groups), "num_transformer_submodules": 1}
+    if "prefix/k" not in leaves:
+        prompt = _host(leaves["embed/tokens"].prompt).astype(np.float32)
+        heads = groups[0].blocks[0].attention.heads
+        return {"prompt_embeddings": prompt}, common | {
+            "num_virtual_tokens": len(prompt),
+            "token_dim": prompt.shape[1],
+            "num_attention_heads": heads,
+        }
+    rows_PL2KH = np.stack([_host(leaves[f"prefix/{part}"]).astype(np.float32).swapaxes(0, 1) for part in "kv"], axis=2)
+    P, _, _, K, H = rows_PL2KH.shape
+    said = common | {"num_virtual_tokens": P, "token_dim": K * H, "num_attention_heads": K, "prefix_projection": False}
+    return {"prompt_embeddings": rows_PL2KH.reshape(P, -1)}, said
+
+
+def _check(model: Model, module: Module, leaves: Mapping[str, Any]) -> None:
     """Raises ValueError for what stands in a module's place and has no counterpart in PEFT."""
     name = next(leaf for leaf in module.entry.leaves if isinstance(leaves[leaf], Adapted))
     kind = type(leaves[name]).__name__
-    if not module.fits or (module.table and kinds != {LoRA}):
+    if not module.fits or (module.table and kind != "LoRA"):
         raise ValueError(f"PEFT has no {kind} for {name}, which is no layer's matrix with a module of its own; merge it or take it off")
     if module.tied_to(model, leaves):
         raise ValueError(f"{name} is the head too, where PEFT's {kind} would not reach it; merge it or take it off")
@@ -458,7 +500,7 @@ def _write_lora(
 def _write_ia3(module: Module, leaves: Mapping[str, Any], shapes: names.Shapes, biases: Any) -> tuple[dict[str, np.ndarray], bool]:
     """A module's tensors, and whether they scale its inputs."""
     k, scales, sides = len(module.entry.fields), {}, set()
-    for i, leaf in enumerate(module.entry.leaves):
+    for leaf in module.entry.leaves:
         w = leaves[leaf]
         if isinstance(w, IA3):
             sides.add(any(size > 1 for size, letter in zip(w.scale.shape[k:], module.inner, strict=True) if letter in module.inputs))
@@ -483,16 +525,17 @@ def _scatter(module: Module, what: str, ours: Arrays, shapes: names.Shapes) -> d
     return {name: line.write(at, ours.__getitem__) for name, at in line.names(shapes)}
 
 
-def _targets(settings: Mapping[str, tuple], modules: set[str], kinds: set[type], rs: bool) -> dict[str, Any]:
+def _targets(settings: Mapping[str, tuple], modules: set[str], method: str, rs: bool) -> dict[str, Any]:
     """What a config says of the modules that have an adapter."""
     short = {name: setting for name, (setting, _) in _shortened(settings, modules).items()}
-    if kinds == {IA3}:
-        return {"target_modules": sorted(short), "feedforward_modules": sorted(name for name, inputs in short.items() if inputs)}
-    common = [collections.Counter(values).most_common(1)[0][0] for values in zip(*short.values(), strict=True)]
-    other = [{name: setting[i] for name, setting in short.items() if setting[i] != common[i]} for i in (0, 1)]
-    return {
-        "target_modules": sorted(short), "r": common[0], "lora_alpha": common[1], "rank_pattern": other[0], "alpha_pattern": other[1],
-        "use_rslora": rs, "use_dora": kinds == {DoRA}, "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True,
+    common = {"fan_in_fan_out": any(transposed for _, transposed in settings.values())}
+    if method == "IA3":
+        return common | {"target_modules": sorted(short), "feedforward_modules": sorted(name for name, inputs in short.items() if inputs)}
+    most = [collections.Counter(values).most_common(1)[0][0] for values in zip(*short.values(), strict=True)]
+    other = [{name: setting[i] for name, setting in short.items() if setting[i] != most[i]} for i in (0, 1)]
+    return common | {
+        "target_modules": sorted(short), "r": most[0], "lora_alpha": most[1], "rank_pattern": other[0], "alpha_pattern": other[1],
+        "use_rslora": rs, "use_dora": method == "DoRA", "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True,
     }  # fmt: skip
 
 
