@@ -93,10 +93,10 @@ def read_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder!r} has no config.json; a folder as transformers writes it is needed")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: str, *keys: str) -> dict[str, Any]:
+def read_json(path: str, *keys: str) -> dict[str, Any]:
     """A JSON object with these keys. Raises ValueError where it is anything else."""
     with open(path) as file:
         try:
@@ -145,7 +145,7 @@ def open_tensors(folder: str) -> dict[str, Tensor]:
     """Every tensor of a folder's safetensors, by name, none of them read yet."""
     index = os.path.join(folder, "model.safetensors.index.json")
     if os.path.exists(index):
-        listed = _read_json(index, "weight_map")["weight_map"]
+        listed = read_json(index, "weight_map")["weight_map"]
         files = sorted(set(listed.values()))
     else:
         listed, files = None, ["model.safetensors"]
@@ -156,13 +156,13 @@ def open_tensors(folder: str) -> dict[str, Tensor]:
             pickled = any(entry.endswith((".bin", ".pt", ".msgpack", ".h5")) for entry in os.listdir(folder))
             hint = "; its weights are in another format, which transformers can load and save again as safetensors" if pickled else ""
             raise FileNotFoundError(f"{folder!r} has no {name}{hint}")
-        found |= _map(path)
+        found |= map_file(path)
     if listed is not None and (absent := sorted(listed.keys() - found.keys())):
         raise ValueError(f"{index!r} names {absent[0]!r}, which {listed[absent[0]]} does not hold")
     return found
 
 
-def _map(path: str) -> dict[str, Tensor]:
+def map_file(path: str) -> dict[str, Tensor]:
     """The tensors of one file. The library checks its header; its own slices are copies, which would take a second turn to lay out as ours."""
     from safetensors import SafetensorError, safe_open
 
@@ -284,7 +284,7 @@ def save(
     _write_shards(plan, leaves, folder, dtype, total)
     if jax.process_index() != 0:
         return
-    _replace(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_file(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
     _copy(CARRIED, model.source, folder)
     if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
         _copy(TOKENIZER_FILES, tokenizer or model.source, folder)
@@ -310,7 +310,7 @@ def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: st
         index = os.path.join(folder, "model.safetensors.index.json")
         if len(plan) > 1:
             weight_map = {name: file for file, part in zip(files, plan, strict=True) for name, _, _ in part}
-            _replace(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
+            write_file(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
         elif os.path.exists(index):
             os.remove(index)
 
@@ -373,7 +373,7 @@ def _copy(pattern: str, source: Any, folder: str) -> None:
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
-def _replace(path: str, text: str) -> None:
+def write_file(path: str, text: str) -> None:
     with open(path + ".tmp", "w") as file:
         file.write(text)
     os.replace(path + ".tmp", path)

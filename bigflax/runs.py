@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import chips, data, hub, models, optim, peft, recipes, sharding, tasks, train, trees, xla, yardsticks
+from bigflax import adapters, chips, data, hub, models, optim, peft, recipes, sharding, tasks, train, trees, xla, yardsticks
 from bigflax.checkpoint import Checkpoints
 from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality

@@ -13,7 +13,7 @@ FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "trees weights losses chips flops hlo topology checksum stored yardsticks",
     "ops sharding pipeline hosts xla optim metrics writers curves",
     "nn data checkpoint peft compress",
-    "models hub parity train tasks generate explain export planner adversarial preference",
+    "models hub parity train tasks generate explain export planner adversarial preference adapters",
     "main recipes runs plans",
 ]
 HOMES = {  # dependency -> where it may be imported
