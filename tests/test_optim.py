@@ -208,7 +208,7 @@ def test_rates_of_what_is_adapted_and_of_what_is_left_are_the_same():
         np.testing.assert_array_equal(part[:, 0, 0], [0.125, 0.25, 0.5])
 
 
-@each_optimizer
+@pytest.mark.parametrize("options", [OPTIMIZERS["adamw"], OPTIMIZERS["muon"]], ids=["adamw", "muon"])
 def test_layers_and_the_average_change_the_update_by_their_factors_alone(options):
     """Weight decay included, as in BEiT; the average follows the weights: 1/10 of them enter, then 2/11, until it is 1 - ema."""
     tx = optim.make(lr=LR, steps=9, layer_decay=0.5, ema=0.75, **options)
