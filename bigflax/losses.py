@@ -24,24 +24,37 @@ def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(labels == IGNORE, 0, picked)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0, z_loss: float = 0.0) -> jax.Array:
-    """-sum_v t_v log p_v with t = (1 - smoothing) onehot(label) + smoothing / V, plus z_loss * logsumexp(logits)^2; of labels' shape.
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    gamma: float = 0.0,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """-sum_v t_v w_v (1 - p_v)^gamma log p_v, t = (1 - smoothing) onehot(label) + smoothing / V, plus z_loss * logsumexp(logits)^2; of labels' shape.
 
     Labels of the logits' own shape are soft: t = (1 - smoothing) labels + smoothing / V, rows that sum to 1, or -100 throughout; [..., V] -> [...].
-    Smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (2204.02311), at 1e-4.
+    Smoothing: Szegedy et al. 2016 (arXiv 1512.00567). z-loss: PaLM (2204.02311), at 1e-4. gamma: the focal loss of many classes, Lin et al. 2017
+    (1708.02002). `weights` [V] are the classes'; who averages divides by rows, or, as PyTorch does, by the sum of the weights of their labels.
     """
     logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    if labels.ndim == logits.ndim:
-        log_p, labels = (labels * (logits - lse[..., None])).sum(-1), labels[..., 0]
+    lse, soft = jax.nn.logsumexp(logits, axis=-1), labels.ndim == logits.ndim
+    ignored = (labels[..., 0] if soft else labels) == IGNORE
+    if gamma or weights is not None:
+        log_p, V = logits - lse[..., None], logits.shape[-1]
+        target = (1 - smoothing) * (labels if soft else jax.nn.one_hot(labels, V)) + smoothing / V
+        unsure = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(jnp.float32).tiny) ** gamma  # 0 would have no slope for a gamma below 1
+        loss = -(target * (1 if weights is None else weights) * unsure * log_p).sum(-1)
     else:
-        log_p = token_log_probs(logits, labels)
-    loss = -(1 - smoothing) * log_p
-    if smoothing:
-        loss += smoothing * (lse - logits.mean(-1))
+        log_p = (labels * (logits - lse[..., None])).sum(-1) if soft else token_log_probs(logits, labels)
+        loss = -(1 - smoothing) * log_p
+        if smoothing:
+            loss += smoothing * (lse - logits.mean(-1))
     if z_loss:
         loss += z_loss * jnp.square(lse)
-    return jnp.where(labels == IGNORE, 0, loss)
+    return jnp.where(ignored, 0, loss)
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

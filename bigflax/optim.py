@@ -1,19 +1,22 @@
 """Optimizers: an optax chain from plain values.
 
-    tx = optim.make(lr=3e-4, steps=10_000, warmup_steps=500)      clip -> optimizer -> decay -> schedule
+    tx = optim.make(lr=3e-4, steps=10_000, warmup_steps=500)      clip -> optimizer -> decay -> schedule -> factors of layers -> average
 
 Weight decay reaches what `decay` names; by default the matrices, not biases, norms and scales, whatever they are called. The learning rate
 is a schedule of the step alone, so that a resumed run needs nothing but the step.
 
 Sources: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); Lion, Chen et al. 2023 (2302.06675); Adafactor, Shazeer & Stern 2018
-(1804.04235); Muon, Jordan et al. 2024; WSD schedule, Hu et al. 2024 (2404.06395).
-Left out on purpose: EMA and gradient accumulation, which belong to the step (train.py), and freezing: what is frozen is not in the tree.
+(1804.04235); Muon, Jordan et al. 2024; WSD schedule, Hu et al. 2024 (2404.06395); rates that
+fall layer by layer, Clark et al. 2020 (ELECTRA, 2003.10555) and Bao et al. 2021 (BEiT, 2106.08254); averages of weights, Polyak and Juditsky 1992.
+Left out on purpose: gradient accumulation, which belongs to the step (train.py), and freezing: what is frozen is not in the tree.
 """
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bigflax import trees
@@ -64,13 +67,16 @@ def make(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
+    layer_decay: float = 1.0,
+    ema: float | None = None,
     axes: Any = None,
 ) -> optax.GradientTransformation:
-    """The chain: clip by global norm, `name`'s update, weight decay, schedule.
+    """The chain: clip by global norm, `name`'s update, weight decay, schedule, the layers' factors, the average of weights.
 
     `decay` are rules (regex over leaf names -> True or False); without them every leaf decays that has at least two axes besides its
     stacks (told by `axes`, the tree of axis strings; where that is None, by its number of dimensions). "muon" orthogonalizes the
     matrices between input and output and leaves embeddings, heads and vectors to AdamW; it needs `axes`.
+    `layer_decay` (0.65 to 0.95 is usual) is that of `by_layer`, which needs them too; `ema` that of `average`, which `averaged` finds.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; {trees.did_you_mean(name, OPTIMIZERS, 'there are')}")
@@ -89,7 +95,10 @@ def make(
         inner = _decayed(optax.sgd(1.0, momentum=b1 or None), rate, weight_decay, mask)
     else:
         inner = _decayed(_muon(axes, b1=b1, b2=b2, eps=eps), rate, weight_decay, mask)
-    return inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
+    parts = [inner] if clip is None else [optax.clip_by_global_norm(clip), inner]
+    parts += [] if layer_decay == 1 else [by_layer(layer_decay, axes)]
+    parts += [] if ema is None else [average(ema)]
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
 def _matrices(params: Any, axes: Any) -> Any:
@@ -128,6 +137,81 @@ def _muon(axes, *, b1, b2, eps) -> optax.GradientTransformation:
         return trees.map_named(one, params)
 
     return contrib.muon(1.0, adam_b1=b1, adam_b2=b2, eps=eps, muon_weight_dimension_numbers=dims, consistent_rms=0.2)
+
+
+# -- layers, from the bottom to the top ------------------------------------------------------------------------------------
+
+_BLOCKS = re.compile(r"(?P<tower>(?:.*?/)??)(?P<group>(?:(?:blocks|stages)(?:_\d+)?/)+)(?:(?P<turn>\d+)/)?")
+_BOTTOM = re.compile(r"(?:.*/)?(?:embed|project|stem|relative)/.*")
+
+
+def by_layer(decay: float, axes: Any) -> optax.GradientTransformation:
+    """Updates times decay^(how far below the top a weight is): 1 for heads and final norms, decay for the last layer, decay^layers for the first, and
+    decay^(layers + 1) for what is embedded. A stack of layers gets a vector of factors along its axis; each tower of a model counts its own layers."""
+    if axes is None:
+        raise ValueError("layer_decay has to know which weights are stacks of layers: pass axes=model.axes")
+    texts = dict(trees.named_leaves(axes))
+
+    def stacked(name: str, w: Any) -> int:
+        while name and name not in texts:  # a part of a typed weight, which carries its layers too
+            name = name.rpartition("/")[0]
+        return w.shape[0] if parse_axes(texts.get(name, "")).stack[:1] == ("layers",) else 1
+
+    def order(group: str) -> list[int]:
+        return [int(part.partition("_")[2] or -1) for part in group.split("/")[:-1]]
+
+    def factors(updates: Any) -> Any:
+        found = {name: (match, stacked(name, w)) for name, w in trees.named_leaves(updates) if (match := _BLOCKS.match(name))}
+        groups: dict[str, dict[str, tuple[int, int]]] = {}  # tower -> group -> (how many kinds of layer take turns in it, how often)
+        for match, repeats in found.values():
+            inside = groups.setdefault(match["tower"], {})
+            turns = max(inside.get(match["group"], (0, 0))[0], int(match["turn"] or 0) + 1)
+            inside[match["group"]] = turns, repeats
+        depth = {tower: sum(turns * repeats for turns, repeats in inside.values()) for tower, inside in groups.items()}
+
+        def below(name: str, w: Any) -> Any:
+            if name in found:
+                match, repeats = found[name]
+                inside, group = groups[match["tower"]], match["group"]
+                lower = sum(turns * repeats for other, (turns, repeats) in inside.items() if order(other) < order(group))
+                at = depth[match["tower"]] - lower - int(match["turn"] or 0) - inside[group][0] * np.arange(repeats)
+                return at.reshape(-1, *[1] * (w.ndim - 1)) if repeats > 1 else at[0]
+            own = [layers for tower, layers in depth.items() if name.startswith(tower)]
+            return 1 + max(own or depth.values(), default=0) if _BOTTOM.fullmatch(name) else 0
+
+        return trees.map_named(lambda name, w: w * jnp.asarray(decay ** below(name, w), w.dtype), updates)
+
+    return optax.stateless(lambda updates, params: factors(updates))
+
+
+# -- the average of weights ------------------------------------------------------------------------------------------------
+
+
+class Average(NamedTuple):
+    """State of `average`: how many updates it has seen, and the average itself, in float32 and named as the weights, beside which it lies."""
+
+    count: jax.Array
+    average: Any
+
+
+def average(decay: float) -> optax.GradientTransformation:
+    """Keeps average = d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that it forgets where it began. It changes
+    no update and stands at the end of a chain. `averaged` finds it."""
+    wide = lambda tree: jax.tree.map(lambda w: jnp.array(w, jnp.float32), tree)
+
+    def update(updates: Any, state: Average, params: Any = None) -> tuple[Any, Average]:
+        new, n = optax.apply_updates(params, updates), state.count.astype(jnp.float32)
+        d = jnp.minimum(decay, (1 + n) / (10 + n))
+        mixed = jax.tree.map(lambda a, w: d * a + (1 - d) * w.astype(jnp.float32), state.average, new)
+        return updates, Average(state.count + 1, mixed)
+
+    return optax.GradientTransformation(lambda params: Average(jnp.zeros((), jnp.int32), wide(params)), update)  # type: ignore[arg-type]
+
+
+def averaged(opt: Any, params: Any) -> Any:
+    """The average of the weights that the optimizer's state keeps, in the dtypes of `params`; where it keeps none, `params`."""
+    kept = [x for x in jax.tree.leaves(opt, is_leaf=lambda x: isinstance(x, Average)) if isinstance(x, Average)]
+    return jax.tree.map(lambda a, w: a.astype(w.dtype), kept[0].average, params) if kept else params
 
 
 def global_norm(tree: Any) -> jax.Array:

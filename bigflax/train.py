@@ -53,6 +53,11 @@ class State(NamedTuple):
         return trees.combine(self.params, self.frozen)
 
     @property
+    def averaged(self) -> Any:
+        """The whole tree with the average of the weights, which `optim.make(ema=...)` keeps; without it, `weights`. To evaluate, to save."""
+        return trees.combine(optim.averaged(self.opt, self.params), self.frozen)
+
+    @property
     def mesh(self) -> jax.sharding.Mesh:
         return self.step.sharding.mesh  # type: ignore[attr-defined]
 
@@ -231,7 +236,7 @@ def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
 def split_loss(result: Any) -> tuple[Mean, dict[str, Any], dict[str, jax.Array]]:
     """`loss`, `(loss, metrics)` or `(loss, metrics, updates)` as the last of these, each scalar of the first two made a Mean of count 1."""
     loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
-    mean: Callable[[Any], Any] = lambda x: x if isinstance(x, Sums) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
+    mean: Any = lambda x: x if isinstance(x, Sums) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
     return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
 
 

@@ -37,7 +37,6 @@ ATTACKS = {
     "pgd": lambda loss_fn, **more: adversarial.pgd(loss_fn, **TEXT | more),
     "pgd, linf from anywhere": lambda loss_fn, **more: adversarial.pgd(loss_fn, **TEXT | dict(norm="linf", random=True) | more),
     "freelb": lambda loss_fn, **more: adversarial.freelb(loss_fn, **TEXT | more),
-    "freelb from anywhere": lambda loss_fn, **more: adversarial.freelb(loss_fn, **TEXT | dict(random=True) | more),
     "smart": lambda loss_fn, **more: adversarial.smart(loss_fn, MODEL, **TEXT | more),
     "attacked": lambda loss_fn, **more: adversarial.attacked(loss_fn, **TEXT | more),
 }
@@ -161,6 +160,7 @@ def test_what_is_frozen_has_no_gradient_of_its_own():
     np.testing.assert_allclose(alone, among, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_typed_weights_are_as_good():
     """QLoRA beneath the attack: what is quantized stays out of it, and all of the rest has a gradient."""
     axes = "embed -> mlp"
@@ -178,7 +178,7 @@ def test_typed_weights_are_as_good():
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("name, accumulate", [("freelb", 2), ("smart", 1)])
+@pytest.mark.parametrize("name, accumulate", [("freelb", 2), pytest.param("smart", 1, marks=pytest.mark.slow)])
 def test_eight_devices_and_accumulation_equal_one(name, accumulate):
     """Rows climb alone, so nothing depends on where they are; without a key, which is another for each micro-batch."""
     loss_fn, results = ATTACKS[name](LOSS), []

@@ -72,6 +72,34 @@ CASES = {  # function, arguments, options, the definition
         dict(smoothing=0.1),
         np.where(IGNORING == -100, 0, -((0.9 * SOFT + 0.1 / 11) * log_softmax(LOGITS)).sum(-1)),
     ),
+    "cross_entropy, focal": (
+        losses.cross_entropy,
+        (LOGITS, IGNORING),
+        dict(gamma=2.0),
+        np.where(IGNORING == -100, 0, -((1 - np.exp(picked(LOGITS, IGNORING))) ** 2) * picked(LOGITS, IGNORING)),
+    ),
+    "cross_entropy, focal below 1": (
+        losses.cross_entropy,
+        (LOGITS, LABELS),
+        dict(gamma=0.5),
+        -np.sqrt(1 - np.exp(picked(LOGITS, LABELS))) * picked(LOGITS, LABELS),
+    ),
+    "cross_entropy, class weights": (
+        losses.cross_entropy,
+        (LOGITS, LABELS),
+        dict(weights=np.arange(11) / 5),
+        -(LABELS / 5) * picked(LOGITS, LABELS),
+    ),
+    "cross_entropy, all of it": (
+        losses.cross_entropy,
+        (LOGITS, SOFT_IGNORING),
+        dict(gamma=1.5, smoothing=0.1, weights=np.arange(11) / 5),
+        np.where(
+            IGNORING == -100,
+            0,
+            -((0.9 * SOFT + 0.1 / 11) * np.arange(11) / 5 * (1 - np.exp(log_softmax(LOGITS))) ** 1.5 * log_softmax(LOGITS)).sum(-1),
+        ),
+    ),
     "binary_cross_entropy": (losses.binary_cross_entropy, (LOGITS, BITS), {}, -TRUE),
     "focal": (losses.focal, (LOGITS, BITS), {}, -((1 - np.exp(TRUE)) ** 2) * TRUE),
     "focal, alpha": (losses.focal, (LOGITS, BITS), dict(gamma=1.0, alpha=0.3), -np.where(BITS == 1, 0.3, 0.7) * (1 - np.exp(TRUE)) * TRUE),
@@ -89,6 +117,8 @@ CASES = {  # function, arguments, options, the definition
     "contrastive": (losses.contrastive, (A, B, 7.0), {}, -(np.diag(log_softmax(SIMILAR)) + np.diag(log_softmax(SIMILAR.T))) / 2),
     "sigmoid_contrastive": (losses.sigmoid_contrastive, (A, B, 7.0, -2.0), {}, -log_sigmoid(SIGNS * (SIMILAR - 2)).sum(-1)),
     "dpo": (losses.dpo, (*PAIRS, 0.5), {}, -log_sigmoid(0.5 * (PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]))),
+    "dpo, ipo": (losses.dpo, (*PAIRS / 8, 0.5), dict(kind="ipo"), ((PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]) / 8 - 1) ** 2),
+    "dpo, hinge": (losses.dpo, (*PAIRS, 0.5), dict(kind="hinge"), np.maximum(0, 1 - 0.5 * (PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]))),
     "bradley_terry": (losses.bradley_terry, (PAIRS[0], PAIRS[1]), {}, -log_sigmoid(PAIRS[0] - PAIRS[1])),
 }
 
@@ -182,6 +212,8 @@ def test_dpo_starts_at_log_two_and_prefers_the_chosen():
     np.testing.assert_allclose(half, losses.dpo(rejected, chosen, *arrays(PAIRS[[3, 2]]), 0.3, smoothing=0.5), atol=1e-6)
 
 
-def test_unknown_divergence():
+def test_unknown_kinds():
     with pytest.raises(ValueError, match="forward, reverse, js, skewed"):
         losses.kl_divergence(jnp.ones(3), jnp.ones(3), kind="kl")
+    with pytest.raises(ValueError, match="no kind 'kto'; take one of sigmoid, ipo, hinge"):
+        losses.dpo(*arrays(PAIRS), kind="kto")

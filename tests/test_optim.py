@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bigflax import optim
+from bigflax import models, optim, trees, weights
 
 LR = 0.5
 # arguments, {step: learning rate}; with a warmup of w the rate at step i < w is lr (1/w + (1 - 1/w) i/w)
@@ -170,7 +170,73 @@ def test_what_is_frozen_is_not_in_the_tree(options):
     jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
 
 
+# family -> name: how many times the factor, from a top of 0
+DEPTHS = {
+    "bert": {"embed/tokens": 3, "embed/norm/scale": 3, "blocks/mlp/up": [2, 1], "blocks/norm1/scale": [2, 1], "head/dense/w": 0},
+    "modernbert": {"embed/tokens": 5, "blocks_0/mlp/up": [4], "blocks_1/0/mlp/up": [3], "blocks_1/2/attention/q": [1], "norm/scale": 0},
+    "albert": {"embed/tokens": 2, "project/w": 2, "blocks/mlp/up": 1},  # one set of weights, and so one layer
+    "bart": {"embed/tokens": 3, "encoder/blocks/mlp/up": [2, 1], "decoder/blocks/mlp/up": [2, 1], "decoder/embed/positions": 3},
+    "clip": {"text/embed/tokens": 3, "vision/embed/patches": 3, "vision/blocks/mlp/up": [2, 1], "text_project/w": 0, "logit_scale": 0},
+    "resnet": {"stem/0/conv/w": 6, "stages_0/blocks_0/body/0/conv/w": 5, "stages_0/blocks_1/body/0/conv/w": [4], "stages_1/blocks_0/body/2/conv/w": 3,
+               "stages_1/blocks_1/body/2/conv/w": [2, 1], "head/scores/w": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", DEPTHS)
+def test_rates_fall_from_the_top_to_the_bottom(family):
+    model = models.create(family, size="tiny", **({"head": "sequence_classification"} if family == "bert" else {}))
+    ones = jax.tree.map(lambda s: jnp.ones(s.shape), model.shapes())
+    tx = optim.by_layer(0.5, model.axes)
+    factors = dict(trees.named_leaves(tx.update(ones, tx.init(ones))[0]))
+    for name, below in DEPTHS[family].items():
+        each = np.asarray(factors[name])
+        want = np.asarray([0.5**n for n in below]).reshape(-1, *[1] * (each.ndim - 1)) if isinstance(below, list) else 0.5**below
+        np.testing.assert_array_equal(each, np.broadcast_to(want, each.shape), err_msg=name)
+    assert {float(x) for f in factors.values() for x in np.unique(f)} == {
+        0.5**n for n in range(max(np.max(b) for b in DEPTHS[family].values()) + 1)
+    }
+
+
+def test_rates_of_what_is_adapted_and_of_what_is_left_are_the_same():
+    """LoRA's parts fall as the weight that they stand upon, and freezing what is below changes nothing above."""
+    axes = {"embed": {"tokens": "vocab <- embed"}, "blocks_0": {"up": "layers | embed -> mlp"}, "blocks_1": {"up": "layers | embed -> mlp"}}
+    lora = weights.lora(jnp.ones((3, 4, 5)), 2, axes="layers | embed -> mlp", rng=jax.random.key(0))
+    tree = {"embed": {"tokens": None}, "blocks_0": {"up": None}, "blocks_1": {"up": lora}}
+    tx = optim.by_layer(0.5, axes)
+    got = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree))[0]["blocks_1"]["up"]
+    for part in (got.base, got.a, got.b):
+        np.testing.assert_array_equal(part[:, 0, 0], [0.125, 0.25, 0.5])
+
+
+@pytest.mark.parametrize("options", [OPTIMIZERS["adamw"], OPTIMIZERS["muon"]], ids=["adamw", "muon"])
+def test_layers_and_the_average_change_the_update_by_their_factors_alone(options):
+    """Weight decay included, as in BEiT; the average follows the weights: 1/10 of them enter, then 2/11, until it is 1 - ema."""
+    tx = optim.make(lr=LR, steps=9, layer_decay=0.5, ema=0.75, **options)
+    params, grads = tree(), tree(1)
+    plain, scaled = (updates_of(t, params, grads) for t in (optim.make(lr=LR, steps=9, **options), tx))
+    for name, update in plain.items():  # names without blocks or embeddings are all at the top
+        np.testing.assert_allclose(scaled[name], update, rtol=1e-6, atol=1e-9)
+    state, now, want = tx.init(params), params, {name: np.asarray(w, float) for name, w in params.items()}
+    step = jax.jit(lambda grads, state, now: tx.update(grads, state, now))
+    for n in range(4 if options["name"] == "adamw" else 1):
+        updates, state = step(grads, state, now)
+        now = optax.apply_updates(now, updates)
+        d = min(0.75, (1 + n) / (10 + n))
+        want = {name: d * want[name] + (1 - d) * np.asarray(now[name], float) for name in want}
+    for name, w in optim.averaged(state, now).items():
+        np.testing.assert_allclose(w, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert optim.averaged(optim.make(lr=LR, steps=9, **options).init(params), now) is now
+
+
+def test_an_average_of_narrow_weights_is_wide():
+    """bfloat16 has no room for a thousandth more."""
+    tx, params = optim.average(0.999), {"w": jnp.ones(3, jnp.bfloat16)}
+    state = tx.init(params)
+    assert state.average["w"].dtype == jnp.float32 and optim.averaged(state, params)["w"].dtype == jnp.bfloat16
+
+
 MISTAKES = {
+    "layers without axes": (dict(layer_decay=0.9), "layer_decay has to know which weights are stacks of layers: pass axes=model.axes"),
     "optimizer": (dict(name="adamv"), "unknown optimizer 'adamv'; there are 'adamw'"),
     "schedule": (dict(kind="cosin"), "unknown schedule 'cosin'; there are 'cosine'"),
     "warmup too long": (dict(warmup_steps=10), "warmup_steps 10 must be at least 0 and below the 10 steps of the run"),

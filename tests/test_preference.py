@@ -194,6 +194,7 @@ def test_rewards_are_those_of_bradley_and_terry():
     assert float(metrics["accuracy"].value) == np.mean(gap > 0) and float(metrics["margin"].value) == pytest.approx(gap.mean())
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns():
     model = models.create("gpt2", head="sequence_classification", num_labels=1, **SMALL)
     loss_fn, batch, tx = preference.reward(model), batch_of(RECORDS), optax.adam(1e-3)

@@ -108,6 +108,25 @@ def test_moments_lie_as_their_weights(sizes, optimizer):
         assert not weights["blocks/mlp/up"].sharding.is_fully_replicated
 
 
+def test_an_average_lies_as_its_weights_and_is_evaluated():
+    """After three steps on eight devices, the last of them bad, it is the average of two: 1 and 10/11 of the weights have entered by then."""
+    mesh, batch = mesh_of({"data": 2, "fsdp": 4}), plain_batch()
+    tx = optim.make(lr=1e-2, steps=100, ema=0.9)
+    state = train.init_state({**plain_init(jax.random.key(0)), "fixed": jnp.ones(8)}, tx, mesh=mesh, freeze=[("fixed", True)])
+    step, seen = train.train_step(plain_loss, tx, state), [jax.device_get(state.params)]
+    for poison in (1.0, 1.0, jnp.nan):
+        state, _ = step(state, put({**batch, "y": batch["y"] * poison}, mesh))
+        seen.append(jax.device_get(state.params))
+    assert int(state.skipped) == 1 and step.compiled._cache_size() == 1
+    for name, w in state.averaged.items():
+        assert w.sharding.is_equivalent_to(state.weights[name].sharding, w.ndim), name
+    want = jax.tree.map(lambda a, b, c: (0.1 * a + 0.9 * b) * 2 / 11 + c * 9 / 11, *seen[:3])
+    for name in ("w1", "w2"):
+        np.testing.assert_allclose(state.averaged[name], want[name], rtol=1e-5)
+    measure = train.eval_step(plain_loss, mesh)
+    assert train.evaluate(measure, state.averaged, [batch])["loss"] != train.evaluate(measure, state.weights, [batch])["loss"]
+
+
 def test_state_is_born_sharded():
     """The program that makes the state holds no array larger than a device's share of the largest weight."""
     mesh = mesh_of({"fsdp": 8})
@@ -392,6 +411,14 @@ def test_a_stop_signal_saves_and_ends():
     with StopSignal() as stop:
         state, _, shelf = run_fit(loader=Interrupting(), stop=stop)
     assert stop.received == "SIGTERM" and int(state.step) == 5 and shelf.saved == [(5, None)]
+
+
+def test_the_largest_is_best_where_more_is_better():
+    scores = iter([0.5, 0.9, 0.7, 0.9])  # what is no better is not better
+    watch = train.Watch("accuracy", mode="max", patience=2)
+    state, _, shelf = run_fit(eval_every=4, evaluate=lambda state: {"accuracy": next(scores)}, watch=watch)
+    assert (watch.best, int(state.step)) == (0.9, 16)
+    assert shelf.saved == [(4, {"accuracy": 0.5}), (8, {"accuracy": 0.9}), (16, {"accuracy": 0.9})]
 
 
 def test_a_metric_that_is_not_there_is_named():
