@@ -249,3 +249,21 @@ def attacked(loss_fn: LossFn, **attack: Any) -> LossFn:
         return loss, {**metrics, **{f"attacked_{name}": value for name, value in {"loss": worst, **there}.items()}}, updates
 
     return watched
+
+
+METHODS: dict[str, Callable[..., LossFn]] = {"fgsm": fgsm, "pgd": pgd, "freelb": freelb, "smart": smart, "attacked": attacked}
+
+
+def create(name: str, loss_fn: LossFn, model: Model, **options: Any) -> LossFn:
+    """The method of a recipe by its name: its loss in training, where there is a key, and in evaluation the plain loss with its metrics under the same
+    attack. Raises ValueError that lists the methods."""
+    if name not in METHODS:
+        raise ValueError(f"there is no attack {name!r}; {trees.did_you_mean(name, METHODS, 'there are')}")
+    known = {field.name for field in dataclasses.fields(Attack)}
+    given = {"model": model} if name == "smart" else {}
+    try:
+        robust = METHODS[name](loss_fn, **given, **options)
+        watched = attacked(loss_fn, **{key: value for key, value in options.items() if key in known})
+    except TypeError as error:
+        raise ValueError(f"{name} {str(error).partition(' ')[2]}; an attack has {', '.join(sorted(known))}") from None
+    return lambda params, batch, rng=None: watched(params, batch) if rng is None else robust(params, batch, rng)

@@ -215,7 +215,7 @@ class Run:
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
         """`state -> metrics` over the whole validation split."""
         step, loader = train.eval_step(self.loss_fn, self.mesh, self.table), self.loader("validation")
-        return lambda state: train.evaluate(step, state.weights, loader)
+        return lambda state: train.evaluate(step, state.averaged, loader)
 
     def fit_options(self) -> dict[str, Any]:
         """Those of `train.fit`; with `fit.epochs`, an evaluation after each unless the recipe says when."""
@@ -372,7 +372,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         by = "a signal to one of the hosts" if jax.process_count() > 1 else stop.received
         say(f"stopped by {by} at step {int(state.step)}; everything is saved, the same command continues")
         return stop.CODE
-    text = run.sample(state.weights)
+    text = run.sample(state.averaged)
     if first:
         summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
     return 0
@@ -388,7 +388,7 @@ def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, 
     with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
         said.work = work
         run, step = Run(said), checkpoints.best() or checkpoints.latest()
-        weights = checkpoints.restore(run.state_like(), step=step).state.weights
+        weights = checkpoints.restore(run.state_like(), step=step).state.averaged
     names = run.classes if isinstance(run.classes, tuple | list) else ()
     if adapter:
         adapters.save_adapter(run.model, weights, folder)

@@ -11,18 +11,18 @@ and metrics are `Mean(total, count)` over real tokens or rows, so that accumulat
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import data, losses, ops, trees
+from bigflax import adversarial, data, losses, ops, preference, trees
 from bigflax.metrics import F1, Correlation, Mean
 from bigflax.nn import Model
 from bigflax.ops.mixing import mixed
-from bigflax.weights import rounded
+from bigflax.weights import Adapted, named_weights, rounded
 
 LossFn = Callable[..., tuple[Any, ...]]
 
@@ -64,22 +64,30 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
     return loss_fn
 
 
-def classification(model: Model, *, smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> LossFn:
+def classification(
+    model: Model, *, smoothing: float = 0.0, gamma: float = 0.0, class_weights: Sequence[float] | None = None, mixup: float = 0.0,
+    cutmix: float = 0.0,
+) -> LossFn:  # fmt: skip
     """Cross-entropy of `logits` [B, C] over `labels` [B], or soft ones [B, C]: of texts, images, whatever the model takes. Metrics: `accuracy`, `macro_f1`,
     for soft labels of their largest.
 
+    `gamma` is that of the focal loss, `class_weights` [C] multiply the losses of rows of these classes, whose mean is over rows all the same.
     `mixup` and `cutmix` are alphas: in training, which is where there is a `rng`, images are mixed in pairs (ops/mixing.py). Running statistics that
     the model gives back (convnet.py) go on to the step.
     """
+
+    weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
 
     def loss_fn(params, batch, rng=None):
         if rng is not None and (mixup or cutmix):
             rng, key = jax.random.split(rng)
             batch = mixed(batch, key, classes=model.config["num_labels"], mixup=mixup, cutmix=cutmix)
         labels, (logits, out) = batch["labels"], _scores(model, params, batch, rng)
+        if weights is not None and len(weights) != logits.shape[-1]:
+            raise ValueError(f"{len(weights)} class_weights are not for {logits.shape[-1]} classes; give one for each, in their order")
         labels_B = labels if labels.ndim == 1 else jnp.where(labels[:, 0] == IGNORED, IGNORED, jnp.argmax(labels, -1))
         real_B, chosen_B = labels_B != IGNORED, jnp.argmax(logits, -1)
-        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels, smoothing=smoothing)), jnp.sum(real_B))
+        loss = Mean(jnp.sum(losses.cross_entropy(logits, labels, smoothing=smoothing, gamma=gamma, weights=weights)), jnp.sum(real_B))
         metrics = {
             "accuracy": Mean.of(chosen_B == labels_B, real_B),
             "macro_f1": F1.of(chosen_B, labels_B, logits.shape[-1], real_B),
@@ -150,6 +158,35 @@ def contrastive(model: Model) -> LossFn:
     return loss_fn
 
 
+def preferred(model: Model, *, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0, chunk: int | None = None) -> LossFn:
+    """`preference.dpo` against log probabilities of the batch, or, of a model that is adapted, against the model beneath its adapters."""
+    options: dict[str, Any] = dict(beta=beta, kind=kind, smoothing=smoothing, chunk=chunk)
+    kept, beneath = preference.dpo(model, **options), preference.dpo(model, reference=preference.bare, **options)
+
+    def loss_fn(params, batch, rng=None):
+        if "reference_chosen" in batch:
+            return kept(params, batch, rng)
+        if not any(isinstance(w, Adapted) for _, w in named_weights(params)):
+            raise ValueError(
+                "preferences are learned against a reference: fine-tune adapters (peft.name='lora'), beneath which it lies, or put its log "
+                "probabilities into the batches (preference.reference_log_probs, with_reference)"
+            )
+        return beneath(params, batch, rng)
+
+    return loss_fn
+
+
+def pairs(tokenizer: data.Tokenizer, *, length: int, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected") -> Any:
+    """The reader of preferences: `preference.read_pair` of these fields."""
+    return lambda record, rng=None: preference.read_pair(record, tokenizer, length, prompt, chosen, rejected)
+
+
+def pair_shapes(*, length: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of `pairs`."""
+    rows = {f"{side}_{name}": length for side in ("chosen", "rejected") for name in ("input_ids", "labels", "attention_mask")}
+    return {name: jax.ShapeDtypeStruct((batch_size, n), np.int32) for name, n in {**rows, "record": 2}.items()}
+
+
 def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
     """The loss with the products of the matching weights in 8 bits, forward and backward: `[("blocks/.*", "int8")]`, or "fp8" (ops/matmul.py says
     which products). The weights stay the floats that they are, outside of the loss: state, optimizer and checkpoints see no difference.
@@ -180,6 +217,8 @@ TASKS = {
     "multi_label": Task(multi_label, {"input_ids": data.reading(data.many_labelled, data.many_labelled_shapes)}, SCORES),
     "regression": Task(regression, {"input_ids": data.reading(data.scored, data.scored_shapes, classes=1)}, SCORES),
     "contrastive": Task(contrastive),
+    "dpo": Task(preferred, {"input_ids": data.reading(pairs, pair_shapes)}),
+    "reward": Task(preference.reward, {"input_ids": data.reading(pairs, pair_shapes, classes=1)}, SCORES),
 }
 
 
@@ -203,11 +242,16 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
-def create(name: str, model: Model, *, matmul: str | trees.Rules | None = None, **options: Any) -> LossFn:
+def create(
+    name: str, model: Model, *, matmul: str | trees.Rules | None = None, attack: Mapping[str, Any] | None = None, **options: Any
+) -> LossFn:
     """The loss of a task of a recipe by its name (`find`).
 
-    `matmul` "int8" or "fp8" computes the layers' products in 8 bits, rules those of the weights that they match (`low_precision`).
+    `matmul` "int8" or "fp8" computes the layers' products in 8 bits, rules those of the weights that they match (`low_precision`). `attack` names a
+    way of adversarial training and its options, {"name": "pgd", "on": "embed/tokens", "eps": 0.5} (adversarial.py).
     """
     loss_fn = find(name).loss(model, **options)
+    if attack is not None:
+        loss_fn = adversarial.create(attack["name"], loss_fn, model, **{key: value for key, value in attack.items() if key != "name"})
     rules = [(".*", matmul)] if isinstance(matmul, str) else [(pattern, kind) for pattern, kind in matmul or ()]
     return low_precision(loss_fn, rules, model.axes) if rules else loss_fn

@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import bigflax
-from bigflax import data, models, recipes, runs, tasks
+from bigflax import data, models, recipes, runs, tasks, train
 from bigflax.main import main
+from bigflax.metrics import as_floats
 
 WORDS = {"animals": "cat dog horse cow sheep".split(), "colours": "red green blue white black".split()}
 
@@ -24,16 +25,28 @@ def rows(n, seed):
         yield {"text": " ".join(rng.permutation(words)), "topic": topic}
 
 
+def pairs(n, seed):
+    """A question, and an answer with its topic's words that is preferred to one without."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        yield {
+            "prompt": "name some:",
+            "chosen": " ".join(rng.choice(WORDS["animals"], 4)),
+            "rejected": " ".join(rng.choice(WORDS["colours"], 4)),
+        }
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with published weights, a tiny BERT whose tokenizer is beside it, and labelled text."""
     home = tmp_path_factory.mktemp("finetune")
     for name, n in {"train": 96, "test": 40}.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, n)))
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(64, 0)))
     tokenizer = data.train_bpe((row["text"] for row in rows(200, 0)), 300)
-    model = models.create("bert", size="tiny", vocab_size=tokenizer.vocab_size, head=None)
-    bigflax.save(model, model.init(jax.random.key(0)), str(home / "published"))
-    tokenizer.save(home / "published")
+    for name, family, options in [("published", "bert", dict(head=None)), ("decoder", "llama", {})]:
+        model = models.create(family, size="tiny", vocab_size=tokenizer.vocab_size, **options)
+        bigflax.save(model, model.init(jax.random.key(0)), str(home / name), tokenizer=tokenizer)
     return home
 
 
@@ -156,3 +169,71 @@ def test_methods_train_by_recipe(name, home):
     assert np.isfinite(metrics["loss"].value)
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before[0]), jax.tree.leaves(new.params), strict=True))
     jax.tree.map(np.testing.assert_array_equal, before[1], new.frozen)
+
+
+def one_step(run):
+    """The metrics of the first batch, and those of the evaluation."""
+    run.mesh = bigflax.make_mesh(devices=jax.devices()[:1])
+    state = run.init_state()
+    batch = next(run.loader("train"))
+    seen = jax.eval_shape(lambda params, batch: run.loss_fn(params, batch, jax.random.key(0))[1], state.weights, batch)
+    return seen, as_floats(train.eval_step(run.loss_fn)(state.weights, batch))
+
+
+def preferences(home, **sections):
+    said = recipe(home, **sections)
+    said.data = ConfigDict(dict(source=dict(kind="jsonl", path=str(home / "pairs.jsonl")), length=24, batch_size=8))
+    said.fit = ConfigDict(dict(steps=2))
+    return runs.Run(recipes.resolve(said))
+
+
+def test_preferences_by_recipe(home):
+    """Against the model beneath the adapter the margin begins at 0, and the loss at log 2; a reward begins as any number."""
+    lora = dict(name="lora", rules=[("blocks/attention/q", 2)])
+    decoder = dict(source=str(home / "decoder"))
+    _, metrics = one_step(preferences(home, task=dict(name="dpo"), model=decoder, peft=lora))
+    assert metrics["margin"] == pytest.approx(0, abs=1e-6) and metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    run = preferences(home, task=dict(name="reward"))
+    assert run.fields["num_labels"] == 1 and np.isfinite(one_step(run)[1]["margin"])
+    with pytest.raises(ValueError, match=r"preferences are learned against a reference: fine-tune adapters"):
+        one_step(preferences(home, task=dict(name="dpo"), model=decoder))
+
+
+def test_attacks_and_augmented_text_by_recipe(home):
+    """Training sees the attack's loss, evaluation the plain one and the accuracy under attack; words are left out in training alone."""
+    attack = dict(name="pgd", on="embed/tokens", eps=0.5, steps=1)
+    run = runs.Run(recipes.resolve(recipe(home, task=dict(attack=attack), data=dict(augment="delete:0.5"))))
+    trained, evaluated = one_step(run)
+    assert "clean_loss" in trained and evaluated["attacked_loss"] >= evaluated["loss"]
+    words = lambda split: sum(int(np.asarray(batch["attention_mask"]).sum()) for batch, _ in zip(run.loader(split), range(2), strict=False))
+    assert words("train") < 0.8 * words("validation")
+    with pytest.raises(ValueError, match=r"there is no attack 'pdg'; .*'pgd'"):
+        tasks.create("classification", run.model, attack=dict(name="pdg"))
+
+
+@pytest.mark.slow
+def test_seeds_and_the_folder_of_a_run(home, capsys):
+    """Two runs and their mean; the best weights of one, merged or as an adapter alone, are what the run evaluated."""
+    said = recipe(home, work=str(home / "seeds"), peft=dict(name="lora", rules=[("blocks/.*", 4)]), fit=dict(epochs=3))
+    (home / "lora.py").write_text(f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({said.to_dict()!r})\n")
+    assert main(["train", f"--config={home}/lora.py", "--seeds=2", "--cache="]) == 0
+    assert re.search(r"held-out accuracy +0\.\d+ \+- ", capsys.readouterr().out)
+    spread = json.loads((home / "seeds" / "seeds.json").read_text())["eval/accuracy"]
+    assert len(spread["values"]) == 2 and spread["mean"] == pytest.approx(np.mean(spread["values"]))
+    work = str(home / "seeds" / "seed1")
+    assert main(["convert", work, str(home / "merged"), "--cache="]) == 0
+    assert main(["convert", work, str(home / "adapter"), "--adapter", "--cache="]) == 0
+    config = json.loads((home / "merged" / "config.json").read_text())
+    assert config["id2label"] == {"0": "animals", "1": "colours"}
+    model, params = bigflax.load(str(home / "merged"))
+    run = runs.Run(recipes.resolve(said, [f"work={work}"]))
+    run.mesh = bigflax.make_mesh(devices=jax.devices()[:1])
+    accuracy = bigflax.evaluate(bigflax.eval_step(tasks.create("classification", model)), params, run.loader("validation"))["accuracy"]
+    best = max(record["eval/accuracy"] for record in map(json.loads, open(f"{work}/metrics.jsonl")) if "eval/accuracy" in record)
+    assert accuracy == best
+    base, params = bigflax.load(str(home / "published"), head="sequence_classification", num_labels=2)
+    attached = bigflax.load_adapter(base, params, str(home / "adapter"))
+    batch = {name: x for name, x in next(run.loader("validation")).items() if name != "labels"}
+    np.testing.assert_allclose(
+        base.apply(attached, **batch)["logits"], model.apply(bigflax.load(str(home / "merged"))[1], **batch)["logits"], atol=1e-5
+    )

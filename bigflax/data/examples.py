@@ -23,6 +23,7 @@ import grain
 import jax
 import numpy as np
 
+from bigflax.data.augment import Said, create
 from bigflax.data.loader import Loader
 from bigflax.data.packing import Example
 from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
@@ -38,11 +39,18 @@ Read = Callable[[Record, np.random.Generator | None], Example]
 
 
 def labelled(
-    tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "label"
-) -> Read:
-    """A text, or a `pair` of them, and one of `classes`, by name or number: input_ids, attention_mask[, token_type_ids] [T], labels []."""
+    tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "label",
+    augment: Said = (),
+) -> Read:  # fmt: skip
+    """A text, or a `pair` of them, and one of `classes`, by name or number: input_ids, attention_mask[, token_type_ids] [T], labels [].
+
+    `augment` names what is done to the texts in training (augment.py): "delete:0.1,swap".
+    """
+    changed = create("text", augment)
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        if rng is not None and changed.functions:
+            record = {**record, **{name: changed(text_of(record, name), rng) for name in (text, pair) if name is not None}}
         return {**_words(record, tokenizer, length, text, pair), "labels": np.array(class_of(field(record, label), classes), np.int32)}
 
     return reader
