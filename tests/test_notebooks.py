@@ -203,3 +203,36 @@ def test_your_own_step_is_what_its_text_says(tmp_path):
     assert all(taught[name] < untaught[name] for name in ("own", "divergence"))
     assert got["teacher"]
     assert got["trains"] == ["student/down", "student/embed", "student/up"]
+
+
+@slow
+def test_fine_tuning_compares_and_writes(tmp_path):
+    """On a tiny BERT of random weights and texts whose topic is in their words, both of which lie where the notebook looks first."""
+    import jax
+    import numpy as np
+
+    import bigflax
+    from bigflax import data, models
+
+    rng, topics = np.random.default_rng(0), {"animals": ["cat", "dog", "cow"], "colours": ["red", "blue", "green"]}
+    text = lambda topic: " ".join(rng.permutation([*rng.choice(topics[topic], 3), *rng.choice(["the", "of", "and"], 3)]))
+    for name, n in {"train": 128, "test": 32}.items():
+        rows = [{"text": text(topic), "label": topic} for topic in topics for _ in range(n // 2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = data.train_bpe((text(topic) for topic in topics for _ in range(50)), 290)
+    model = models.create("bert", size="tiny", vocab_size=tokenizer.vocab_size, head=None)
+    bigflax.save(model, model.init(jax.random.key(0)), str(tmp_path / "weights"), tokenizer=tokenizer)
+    small = "for config in configs.values():\n    config.optimizer.lr, config.optimizer.warmup_steps = 3e-3, 2"
+    report = """{
+        "rows": len(rows), "found": found, "sizes": sizes, "classes": classes, "chances": [float(row.sum()) for row in chances],
+    }"""
+    got, texts, images = execute("03_finetune.ipynb", tmp_path, 0, report, {"recipe": small})
+    assert got["rows"] == 128 and images == {"compare"}
+    assert got["classes"] == {"0": "animals", "1": "colours"}
+    np.testing.assert_allclose(got["chances"], 1, rtol=1e-5)
+    full, lora = got["found"]["full"], got["found"]["lora"]
+    assert full["best accuracy"] >= 0.9
+    assert lora["trained"] < full["trained"] / 5 and lora["optimizer"] < full["optimizer"] / 5
+    assert got["sizes"]["adapter"] < got["sizes"]["merged"] / 5
+    assert "peft.name: None -> 'lora'" in texts["recipe"]
+    assert " are frozen; the optimizer holds " in texts["lora"]
