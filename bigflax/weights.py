@@ -111,6 +111,10 @@ class DoRA:
         return LoRA(self.base, self.a, self.b, self.alpha, self.rs, self.key, self.rate)
 
     @property
+    def stacked(self) -> int:
+        return self.direction.stacked
+
+    @property
     def factor(self) -> Array:
         """magnitude / |v|, float32 in the shape of `magnitude`."""
         return self.magnitude / jax.lax.stop_gradient(_length(dense(self.direction), self.magnitude.shape))
