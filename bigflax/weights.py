@@ -164,12 +164,8 @@ class Prompted:
 
 
 Adapted = LoRA | DoRA | IA3 | Adapter | Prompted  # what stands upon a `base`
-VECTORS = (
-    "magnitude",
-    "scale",
-    "down_bias",
-    "up_bias",
-)  # the parts of those that are no matrices, whatever their dimensions: they do not decay
+# The parts of those that are no matrices, whatever their dimensions: they do not decay.
+VECTORS = ("magnitude", "scale", "down_bias", "up_bias")
 
 
 # kind -> the types of what a product and its gradient are made of: activations and weights, the gradient that comes back, and whether the
