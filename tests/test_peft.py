@@ -332,7 +332,7 @@ def test_adapters_are_switched_and_added_up():
         want = w + 0.5 * update(one) - 2.0 * update(two)
         np.testing.assert_allclose(weights.dense(both["blocks"]["attention"][name]), want, atol=1e-5)
     assert both["blocks"]["attention"]["v"].a.shape[-1] == 6
-    named = {"one": one, "two": two}
+    named = {"one": one, "two": two}  # of other weights and another rank
     ids = inputs_of("llama")["input_ids"][:2]
     first, second = (logits_of(model, peft.attach(params, named[name]), input_ids=ids) for name in ("one", "two"))
     assert float(jnp.abs(first - second).max()) > 1e-2
@@ -353,6 +353,12 @@ def twice_quantized():
         params = peft.quantized(params, [(".*/q", kind)], axes=model.axes)
 
 
+def other_prefix():
+    tuned = peft.create("prefix", *made("bert"), rng=KEY, tokens=P)
+    longer = {name: jnp.zeros((5, *x.shape[1:])) for name, x in tuned.params["prefix"].items()}
+    return tuned.model.apply({**tuned.params, "prefix": longer}, input_ids=jnp.ones((1, 4), int))
+
+
 t5 = functools.cache(lambda: (model := models.create("t5", size="tiny"), model.shapes()))
 vit = functools.cache(lambda: (model := models.create("vit", size="tiny"), model.shapes()))
 rules = lambda method, rules, family="llama", **more: peft.create(method, *made(family), rng=KEY, rules=rules, **more)
@@ -365,15 +371,17 @@ MISTAKES = {
     "a base twice": (twice_quantized, "q is a QArray already"),
     "ia3 of what": (lambda: rules("ia3", [(".*/q", "input")]), "the 'outputs' or the 'inputs' of a matrix, not 'input'"),
     "activation": (lambda: rules("adapters", [(".*/mlp/down", 4)], act="reluu"), "no activation 'reluu'; there are 'relu"),
-    "dropout": (lambda: peft.dropout(None, 1.0), "no probability below 1"),
+    "dropout": (lambda: peft.dropout(lambda *_: 0.0, 1.0), "no probability below 1"),
     "a prompt of packed rows": (lambda: refused("prompt", segment_ids=jnp.ones((1, 4), int)), "segment_ids cannot be given with it"),
     "a prefix and a cache": (lambda: refused("prefix", cache={}), "cache cannot be given with it"),
+    "a prefix of another model": (other_prefix, r"a prefix \(5, 3, 4, 16\) is for another model: this one has 2 layers"),
     "a prompt for pairs": (lambda: peft.prompt(*t5(), P, rng=KEY), "a model that reads one text"),
     "a prefix for images": (lambda: peft.prefix(*vit(), P, rng=KEY), "a model that reads one text"),
     "words": (lambda: peft.prompt(*made("bert"), P, rng=KEY, words=[1, 2, 300]), r"up to id 300 are not 3 ids below 256"),
     "bitfit": (lambda: peft.bitfit(*made("llama")), "this model has none"),
     "head": (lambda: peft.head_only(*made("gpt2")), "this model's head has none"),
-    "layers": (lambda: peft.last_layers(*made("bert"), 3), "one stack of 2; give 1 to 2"),
+    "layers": (lambda: peft.last_layers(*made("bert"), 3), "of a model of 2; give 1 to 2"),
+    "layers of two stacks": (lambda: peft.last_layers(*t5(), 1), "one stack of layers, and this one is more"),
     "a period": (lambda: peft.last_layers(model := models.create("gemma2", size="tiny", num_hidden_layers=6), model.shapes(), 3), "in periods of 2; take 4"),
     "layers that are one": (lambda: peft.last_layers(model := models.create("albert", size="tiny"), model.shapes(), 1), "share one set of weights"),
     "another base": (lambda: peft.attach(made("gpt2")[1], adapter_of(1, 2)), r"the adapter's 'blocks/attention/v' is not for \(2, 64, 4, 16\)"),
