@@ -25,6 +25,7 @@ Legend: H height, W width, C channels, M mel bands, T frames.
 import ast
 import dataclasses
 import functools
+import importlib
 import inspect
 import math
 import re
@@ -76,9 +77,11 @@ def _parsed(said: Said) -> list[list[Any]]:
     """Rows of a name and values, a dict among them for what is named."""
     found = []
     for one in [word for word in said.split(",") if word.strip()] if isinstance(said, str) else said or ():
-        if not isinstance(one, str):
+        if isinstance(one, list | tuple) and one:
             found.append([*one])
             continue
+        if not isinstance(one, str):
+            raise ValueError(f"an augmentation is said as 'name:value' or as (name, *values), not as {one!r}")
         name, *words = one.strip().split(":")
         named = {key: _literal(value) for key, equals, value in (word.partition("=") for word in words) if equals}
         found.append([name, *(_literal(word) for word in words if "=" not in word), *([named] if named else [])])
@@ -92,6 +95,9 @@ def _literal(word: str) -> Any:
         return word
 
 
+KINDS: dict[type, Any] = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a word")}
+
+
 def _options(name: str, function: Callable[..., Any], values: Sequence[Any]) -> dict[str, Any]:
     defaults = {p.name: p.default for p in [*inspect.signature(function).parameters.values()][2:]}
     plain = [value for value in values if not isinstance(value, dict)]
@@ -103,9 +109,9 @@ def _options(name: str, function: Callable[..., Any], values: Sequence[Any]) -> 
             raise ValueError(f"{name} has no option {key!r}; {trees.did_you_mean(key, defaults, 'there are')}")
         options[key] = value
     for key, value in options.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number is isinstance(defaults[key], str):
-            raise ValueError(f"{name}'s {key} is {'a word' if number else 'a number'}, as {defaults[key]!r} is, not {value!r}")
+        kinds, what = KINDS[type(defaults[key])]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name}'s {key} is {what}, as {defaults[key]!r} is, not {value!r}")
     return defaults | options
 
 
@@ -334,8 +340,7 @@ def synonyms(text: str, rng: Rng, share: float = 0.1) -> str:
 @functools.lru_cache(100_000)
 def _synonyms(word: str) -> tuple[str, ...]:
     try:
-        from nltk.corpus import wordnet
-
+        wordnet = importlib.import_module("nltk.corpus").wordnet
         lemmas = {lemma.name().replace("_", " ") for synset in wordnet.synsets(word) for lemma in synset.lemmas()}
     except (ImportError, LookupError):
         raise ImportError("synonyms come from WordNet: pip install nltk && python -m nltk.downloader wordnet") from None

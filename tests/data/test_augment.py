@@ -127,6 +127,13 @@ def test_geometry_goes_where_it_says():
     assert (abs(leant[:, 0] - 8) < 0.1).all() and leant[:, 1].max() > 6 and leant[:, 1].min() < -6
 
 
+def test_turned_and_sheared_at_once_an_area_stays_as_large():
+    square = np.zeros((41, 41, 1), np.uint8)
+    square[14:27, 14:27] = 200
+    areas = [create("image", "affine:60:0:40:0")(square, key(i)).sum(dtype=float) / square.sum(dtype=float) for i in range(40)]
+    np.testing.assert_allclose(areas, 1, atol=0.03)  # bilinear: the edge of 52 pixels, each off by up to a tenth
+
+
 def test_a_crop_is_a_part_of_the_padded_image():
     seen = {create("image", "crop:1:reflect")(SMOOTH, key(i)).tobytes() for i in range(100)}
     padded = np.pad(SMOOTH, ((1, 1), (1, 1), (0, 0)), "reflect")
@@ -225,6 +232,9 @@ MISTAKES = {
     "an option": ("image", "erase:chanse=1", "erase has no option 'chanse'; there are 'chance'"),
     "too many": ("image", "rotate:3:4", "rotate takes degrees, not 2 values"),
     "a word": ("image", "rotate:much", "rotate's degrees is a number, as 10.0 is, not 'much'"),
+    "a whole number": ("image", "crop:2.5", "crop's pixels is a whole number, as 4 is, not 2.5"),
+    "a yes": ("text", [["swap", True]], "swap's share is a number, as 0.1 is, not True"),
+    "one row that is not in a list": ("image", ("shift", 2), r"said as 'name:value' or as \(name, \*values\), not as 2"),
     "a number": ("image", [("crop", 2, 3)], "crop's fill is a word, as 'black' is, not 3"),
     "a fill": ("image", "crop:2:mirror", "crop has no fill 'mirror'; there are 'black', 'edge', 'reflect'"),
     "a range": ("image", "jitter:hue=0.7", "hue 0.7 is not between 0 and 0.5"),
