@@ -206,8 +206,9 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
         parts = {name for line in module.lines.values() for name, _ in line.names(shapes)} if module.fits else set()
         known |= whole | parts
         if not whole.isdisjoint(files):
-            made |= _whole(module.entry, files, weights, shapes)
-        elif not parts.isdisjoint(files):
+            made |= (found := _whole(module.entry, files, weights, shapes))
+            weights |= found  # PEFT writes an adapted table beside its adapter
+        if not parts.isdisjoint(files):
             if module.tied_to(model, weights):
                 raise ValueError(f"{folder!r} adapts {module.stem} and not the head, which in this model is the same table")
             made |= read(module, files, said, weights, shapes, biases.get(f"{module.stem}.bias"))
@@ -405,7 +406,8 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
         )
     (method,), (head, home) = found, (model.config["head"], models.family(model.family))
     whole = ([] if head in (*LANGUAGE, None) else ["head/.*"]) if whole is None else whole
-    modules, shapes = _modules(model, prefixed=home.HEADS[head][0] != home.HEADS[None][0])
+    prefixed = home.HEADS[head][0] != home.HEADS[None][0]
+    modules, shapes = _modules(model, prefixed=prefixed)
     biases = {module.stem: module.entry.leaves for module in modules}
     rs = all(w.rs for w in leaves.values() if isinstance(w, LoRA | DoRA))
     begin, (tensors, said) = ("base_model.", _write_soft(model, leaves)) if METHODS[method] in SOFT else (PREFIX, ({}, {}))
@@ -433,6 +435,7 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
     os.replace(path + ".tmp", path)
     ours = {name.rpartition(".")[0] for module in modules for name, _ in module.entry.names(shapes)}
     others = {template.rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
+    others = others if prefixed else {name.removeprefix(home.PREFIX) for name in others}
     scored = head in (*LANGUAGE, None) or all(any(re.fullmatch(p, leaf) for p in whole) for leaf in leaves if leaf.startswith("head/"))
     said |= {
         "peft_type": METHODS[method], "task_type": TASKS.get(head) if scored else None, "inference_mode": True,  # a task's scores are in the folder
