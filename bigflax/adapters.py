@@ -51,13 +51,15 @@ TASKS = {
     "question_answering": "QUESTION_ANS", None: "FEATURE_EXTRACTION", "embedding": "FEATURE_EXTRACTION",
 }  # fmt: skip
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq_lm")  # heads that are the base's own
-# Fields of a config that change what its tensors mean, and that weights.py has nothing for.
 METHODS = {"LoRA": "LORA", "DoRA": "LORA", "IA3": "IA3", "Prompted": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}  # ours -> PEFT's type
+SOFT = ("PROMPT_TUNING", "PREFIX_TUNING")
+# PEFT's classes of these tasks forget token types, or take no pixels: only what needs a class of a task names them.
+FORGETFUL = ("QUESTION_ANS", "FEATURE_EXTRACTION")
+# Fields of a config that change what its tensors mean, and that weights.py has nothing for.
 UNKNOWN = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
-SOFT = ("PROMPT_TUNING", "PREFIX_TUNING")
 CHANGING = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")  # values of init_lora_weights that change the base
 
 Arrays = Mapping[str, np.ndarray]
@@ -171,7 +173,16 @@ def _modules(model: Model, *, prefixed: bool = False) -> tuple[list[Module], nam
     bare, _ = peft.split(model.shapes())  # a prompt or a prefix is in no table
     model = dataclasses.replace(model, shaped=bare)
     axes, shapes = dict(trees.named_leaves(model.axes)), {name: leaf.shape for name, leaf in trees.named_leaves(bare)}
-    return [Module(line, parse_axes(axes[line.leaves[0]])) for line in hub.lines(model, prefixed=prefixed)], shapes
+    home, lines = models.family(model.family), hub.lines(model, prefixed=prefixed)
+    lines = [dataclasses.replace(line, template=_renamed(line.template, home)) for line in lines]
+    return [Module(line, parse_axes(axes[line.leaves[0]])) for line in lines], shapes
+
+
+def _renamed(name: str, home: Any) -> str:
+    """A name in the file as transformers calls it once it is read, where a family says that it differs."""
+    for pattern, new in getattr(home, "MODULES", ()):
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def _host(x: Any) -> np.ndarray:
@@ -194,8 +205,8 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
     """
     folder = hub.fetch(source)
     said, stored = _open(folder)
-    prefix = models.family(model.family).PREFIX
-    files = {_bare(key, prefix): _Stored(key, tensor) for key, tensor in stored.items()}
+    home = models.family(model.family)
+    files = {_bare(key, home): _Stored(key, tensor) for key, tensor in stored.items()}
     modules, shapes = _modules(model)
     weights, read = dict(trees.named_leaves(params, is_typed)), _lora if said["peft_type"] == "LORA" else _ia3
     biases = {module.stem: module.entry.leaves for module in modules}
@@ -260,9 +271,9 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
     return said, hub.map_file(os.path.join(folder, TENSORS))
 
 
-def _bare(key: str, prefix: str) -> str:
+def _bare(key: str, home: Any) -> str:
     """A key without PEFT's prefix, and without the family's, which a base that has no head lacks."""
-    return key.removeprefix("base_model.").removeprefix("model.").removeprefix(prefix).replace(".base_layer.", ".")
+    return _renamed(key.removeprefix("base_model.").removeprefix("model.").removeprefix(home.PREFIX).replace(".base_layer.", "."), home)
 
 
 def _soft(kind: str, file: _Stored, weights: dict, folder: str) -> dict[str, Any]:
@@ -434,11 +445,12 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
     save_file(tensors, path + ".tmp", metadata={"format": "pt"})
     os.replace(path + ".tmp", path)
     ours = {name.rpartition(".")[0] for module in modules for name, _ in module.entry.names(shapes)}
-    others = {template.rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
+    others = {_renamed(template, home).rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
     others = others if prefixed else {name.removeprefix(home.PREFIX) for name in others}
+    soft = METHODS[method] in SOFT
     scored = head in (*LANGUAGE, None) or all(any(re.fullmatch(p, leaf) for p in whole) for leaf in leaves if leaf.startswith("head/"))
     said |= {
-        "peft_type": METHODS[method], "task_type": TASKS.get(head) if scored else None, "inference_mode": True,  # a task's scores are in the folder
+        "peft_type": METHODS[method], "task_type": TASKS.get(head) if scored and (soft or TASKS.get(head) not in FORGETFUL) else None, "inference_mode": True,  # a task's scores are in the folder
         "base_model_name_or_path": model.source, "modules_to_save": _roots(kept, ours) or None,
         **(_targets(settings, ours | others, method, rs) if settings else {}),
     }  # fmt: skip
@@ -548,6 +560,8 @@ def _shortened(settings: Mapping[str, tuple], modules: set[str]) -> dict[str, tu
     for name, setting in settings.items():
         parts = name.split(".")
         for i in reversed(range(len(parts))):
+            if parts[i].isdigit():
+                continue
             end = ".".join(parts[i:])
             if end in short or {settings.get(other) for other in modules if other == end or other.endswith(f".{end}")} == {setting}:
                 short[end] = setting
