@@ -25,6 +25,7 @@ Left out on purpose: the network that makes a prefix while it trains (Li and Lia
 adapters inside of a branch, and rank schedules. Legend: B batch, T time, P tokens of a prompt, K kv heads, H head width, L layers.
 """
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -93,7 +94,7 @@ def quantized(params: Any, rules: trees.Rules, *, axes: Any, group: int = 64) ->
     return _adapted(one, params, rules, axes)
 
 
-IA3_RULES = (("blocks.*/attention/(k|v)", "outputs"), ("blocks.*/mlp/down", "inputs"))
+IA3_RULES = ((".*/(attention|cross)/(k|v)", "outputs"), (".*/mlp/down", "inputs"))
 
 
 def ia3(params: Any, rules: trees.Rules = IA3_RULES, *, axes: Any) -> Any:
@@ -105,28 +106,29 @@ def ia3(params: Any, rules: trees.Rules = IA3_RULES, *, axes: Any) -> Any:
     def one(name, w, text, which):
         if which not in ("outputs", "inputs"):
             raise ValueError(f"IA3 scales the 'outputs' or the 'inputs' of a matrix, not {which!r}")
-        return weights.ia3(w, axes=text, inputs=which == "inputs", bias=_bias(name, w, text, leaves)[1])
+        return weights.ia3(w, axes=text, inputs=which == "inputs", bias=_bias(name, w, text, leaves))
 
     leaves = dict(named_weights(params))
     return _adapted(one, params, rules, axes)
 
 
-ADAPTER_RULES = (("blocks.*/(attention/out|mlp/down)", 64),)
+ADAPTER_RULES = ((".*/(attention/out|mlp/down)", 64),)
 
 
 def adapters(params: Any, rules: trees.Rules = ADAPTER_RULES, *, axes: Any, rng: Array, act: str = "relu") -> Any:
     """Bottleneck adapters, of the sizes that the rules say, behind the matrices that end a branch; they do nothing at the start.
 
-    After the attention and the mlp as Houlsby et al. have it; after the mlp alone, [("blocks.*/mlp/down", 64)], as Pfeiffer et al. do.
+    After the attention and the mlp as Houlsby et al. have it; after the mlp alone, [(".*/mlp/down", 64)], as Pfeiffer et al. do.
     """
     if act not in nn.ACTIVATIONS or not hasattr(jax.nn, act):
         known = sorted(name for name in nn.ACTIVATIONS if hasattr(jax.nn, name))
         raise ValueError(f"an adapter has no activation {act!r}; {trees.did_you_mean(act, known, 'there are')}")
     leaves = dict(named_weights(params))
-    made = lambda name, w, text, size: weights.adapter(
-        w, size, axes=text, rng=_key(rng, name), act=act, bias=_bias(name, w, text, leaves)[1]
-    )
-    return _adapted(made, params, rules, axes)
+
+    def one(name, w, text, size):
+        return weights.adapter(w, size, axes=text, rng=_key(rng, name), act=act, bias=_bias(name, w, text, leaves))
+
+    return _adapted(one, params, rules, axes)
 
 
 def _adapted(make: Callable[..., Weight], params: Any, rules: trees.Rules, axes: Any) -> Any:
@@ -145,12 +147,16 @@ def _adapted(make: Callable[..., Weight], params: Any, rules: trees.Rules, axes:
     return trees.map_named(one, params, axes, is_leaf=is_typed)
 
 
-def _bias(name: str, w: Weight, axes: str, leaves: Mapping[str, Any]) -> tuple[str, Array | None]:
-    """The name and the array of what the module adds to the outputs of this matrix: `q_bias` beside `q`, `b` beside `w`."""
-    ax = parse_axes(axes)
-    beside = f"{name[:-1]}b" if name.endswith("/w") else f"{name}_bias"
-    outputs = tuple(size for i, size in enumerate(shape(w)) if i not in ax.contracted)
-    return beside, leaves[beside] if beside in leaves and shape(leaves[beside]) == outputs else None
+def _bias(name: str, w: Weight, axes: str, leaves: Mapping[str, Any]) -> Array | None:
+    """What the module adds to the outputs of this matrix."""
+    contracted, bias = parse_axes(axes).contracted, leaves.get(_bias_name(name))
+    outputs = tuple(size for i, size in enumerate(shape(w)) if i not in contracted)
+    return bias if bias is not None and shape(bias) == outputs else None
+
+
+def _bias_name(name: str) -> str:
+    """`q_bias` beside `q`, `b` beside `w`."""
+    return f"{name[:-1]}b" if name.endswith("/w") else f"{name}_bias"
 
 
 def _key(rng: Array, name: str) -> Array:
@@ -168,8 +174,7 @@ def dropout(loss_fn: Callable[..., Any], rate: float) -> Callable[..., Any]:
         def one(name, w):
             if rng is None or not isinstance(w, LoRA | DoRA):
                 return w
-            stack = w.a.shape[: w.a.ndim + w.b.ndim - 2 - len(shape(w.base))]
-            return dataclasses.replace(w, key=jax.random.split(_key(rng, name), stack), rate=rate)
+            return dataclasses.replace(w, key=jax.random.split(_key(rng, name), w.a.shape[: w.stacked]), rate=rate)
 
         return loss_fn(trees.map_named(one, params, is_leaf=is_typed), batch, rng)
 
@@ -193,7 +198,7 @@ class Tuned(NamedTuple):
 
     def summary(self, tx: optax.GradientTransformation) -> str:
         """What trains, what does not, and the optimizer's memory for it, in a line."""
-        shapes = jax.eval_shape(lambda: self.params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
         kept, rest = trees.partition(shapes, weights.trains(shapes, self.freeze, self.model.axes))
         trained, size = trees.count(kept), lambda tree: trees.human(trees.nbytes(tree), "B", 1024)
         share = f"{100 * trained / (trained + trees.count(rest)):.2g}%"
@@ -210,8 +215,8 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
     the first position looks at the first of them. Their places do not appear in what comes out. To generate, put these ids in front of the
     text and use the model that was given here. Packed rows (segment_ids) and caches are refused.
     """
-    table = _text(model, params, "a prompt")["embed"]["tokens"]
-    V = shape(table)[0]
+    _text(model, params, "a prompt")
+    V = shape(params["embed"]["tokens"])[0]
     chosen = jax.random.randint(rng, (tokens,), 0, V) if words is None else _words(words, tokens, V)
 
     def add(params):
@@ -222,13 +227,13 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         _refuse(inputs, "a prompt")
         given = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if name in inputs}
         given = {name: x for name, x in given.items() if x is not None}
-        at_P = jnp.arange(tokens)
+        at_P = jnp.arange(weights.rows(params["embed"]["tokens"]) - V)
         front = {"input_ids": V + at_P, "attention_mask": at_P * 0 + 1, "token_type_ids": at_P * 0, "position_ids": at_P}
         if "position_ids" in given:
-            given["position_ids"] = given["position_ids"] + tokens
-        join = lambda x, row_P: jnp.concatenate([jnp.broadcast_to(row_P, (len(x), tokens)).astype(x.dtype), x], axis=1)
+            given["position_ids"] = given["position_ids"] + len(at_P)
+        join = lambda x, row_P: jnp.concatenate([jnp.broadcast_to(row_P, (len(x), len(row_P))).astype(x.dtype), x], axis=1)
         out = model.apply(params, rng=rng, **{name: join(jnp.asarray(x), front[name]) for name, x in given.items()}, **inputs)
-        return _behind(out, tokens)
+        return _behind(out, len(at_P))
 
     return Tuned(_wrapped(model, add, apply, model.axes), add(params), (r"embed/tokens/prompt",))
 
@@ -280,13 +285,16 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
 
     def apply(params, *, rng=None, **inputs):
         _refuse(inputs, "a prefix")
-        B, T = inputs["input_ids"].shape
-        if limit and tokens + T > limit:
-            raise ValueError(f"{T} tokens behind a prefix of {tokens} are more than the {limit} learned positions; cut the sequences")
+        k_LPKH, v_LPKH, (B, T) = params["prefix"]["k"], params["prefix"]["v"], inputs["input_ids"].shape
+        P = k_LPKH.shape[1]
+        if k_LPKH.shape != (L, P, K, H):
+            raise ValueError(f"a prefix {k_LPKH.shape} is for another model: this one has {L} layers with {K} heads of {H} for keys")
+        if limit and P + T > limit:
+            raise ValueError(f"{T} tokens behind a prefix of {P} are more than the {limit} learned positions; cut the sequences")
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + tokens
+            inputs["position_ids"] = inputs["position_ids"] + P
         own = {name: leaf for name, leaf in params.items() if name != "prefix"}
-        out = model.apply(own, rng=rng, cache=cache_of(params["prefix"]["k"], params["prefix"]["v"], B, T), **inputs)
+        out = model.apply(own, rng=rng, cache=cache_of(k_LPKH, v_LPKH, B, T), **inputs)
         return {name: x for name, x in out.items() if name != "cache"}
 
     axes = {**model.axes, "prefix": dict.fromkeys(made, "layers | _ kv_heads head_dim")}
@@ -294,12 +302,11 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
     return Tuned(_wrapped(model, add, apply, axes), add(params), (r"prefix/[kv]",))
 
 
-def _text(model: Model, params: Any, what: str) -> Any:
-    """The params of a model that reads one text. Raises ValueError where it does not."""
+def _text(model: Model, params: Any, what: str) -> None:
+    """Raises ValueError where the model does not read one text."""
     embed = getattr(model.module, "embed", None)
     if getattr(embed, "takes", None) != "input_ids" or not hasattr(model.module, "groups") or "tokens" not in params.get("embed", {}):
         raise ValueError(f"{what} stands before the text of a model that reads one text, an encoder or a decoder alone; this is none")
-    return params
 
 
 def _words(words: Any, tokens: int, V: int) -> Array:
@@ -343,29 +350,29 @@ def last_layers(model: Model, params: Any, layers: int) -> Tuned:
     Files of published weights hold the same as before (hub.py): names follow the groups. Raises ValueError where a stack cannot be cut there.
     """
     groups = getattr(model.module, "groups", None)
-    total = sum(group.layers for group in groups or ())
-    if groups is None or not 0 < layers <= total:
-        raise ValueError(f"the last {layers} layers cannot be had of a model that is one stack of {total}; give 1 to {total}")
-    cut, start, made, first = total - layers, 0, [], 0  # made: (group, the name it had, its repeats in that one)
+    if groups is None:
+        raise ValueError("last_layers cuts a model that is one stack of layers, and this one is more, or none")
+    total = sum(group.layers for group in groups)
+    if not 0 < layers <= total:
+        raise ValueError(f"the last {layers} layers cannot be had of a model of {total}; give 1 to {total}")
+    made, first, start = [], 0, 0  # made: (a group, the name that its leaves have, which of their repeats are its); trains from `first` on
     for (name, *_), group in zip(model.module.places()["blocks"], groups, strict=True):
-        inside = cut - start
-        start += group.layers
-        first = len(made) if inside <= 0 and not first and cut else first
-        if 0 < inside < group.layers:
-            period = len(group.blocks)
-            if group.tied or inside % period:
-                why = "share one set of weights" if group.tied else f"are stacked in periods of {period}"
-                near = "all of them" if group.tied else f"{total - cut + inside % period}"
-                raise ValueError(f"the last {layers} layers cannot be cut off: the layers there {why}; take {near}")
-            at = inside // period
-            made += [(dataclasses.replace(group, repeats=at), name, slice(0, at))]
-            first = len(made)
-            made += [(dataclasses.replace(group, repeats=group.repeats - at), name, slice(at, group.repeats))]
-        else:
-            made.append((group, name, None))
+        inside, start = total - layers - start, start + group.layers  # how many of its layers are before the cut
+        if not 0 < inside < group.layers:
+            made.append((group, name, slice(None)))
+            first = len(made) if inside > 0 else first
+            continue
+        at, odd = divmod(inside, len(group.blocks))
+        if group.tied or odd:
+            why = "share one set of weights" if group.tied else f"are stacked in periods of {len(group.blocks)}; take {layers + odd}"
+            raise ValueError(f"the last {layers} layers cannot be cut off, for the layers there {why}")
+        made.append((dataclasses.replace(group, repeats=at), name, slice(at)))
+        first = len(made)
+        blocks = copy.deepcopy(group.blocks)  # modules that two groups share would share their weights
+        made.append((dataclasses.replace(group, blocks=blocks, repeats=group.repeats - at), name, slice(at, None)))
     module = model.module.clone(groups=tuple(group for group, _, _ in made))
     names = [name for name, *_ in module.places()["blocks"]]
-    piece = lambda tree, part: tree if part is None else jax.tree.map(lambda x: x[part], tree)
+    piece = lambda tree, part: tree if part == slice(None) else jax.tree.map(lambda x: x[part], tree)
     whole = {name: leaf for name, leaf in params.items() if name not in {old for _, old, _ in made}}
     params = {**whole, **{new: piece(params[old], part) for new, (_, old, part) in zip(names, made, strict=True)}}
     new = nn.model(module, **module.example())
@@ -481,14 +488,14 @@ def merge(params: Any) -> Any:
     """The tree with the array that it stands for in the place of each adapted weight; an IA3's factor goes into its module's bias too. Quantized weights
     that nothing stands upon stay. Raises ValueError for what no array can stand for: adapters, prompts and prefixes."""
     leaves = dict(named_weights(params))
-    if "prefix" in leaves or any(name.startswith("prefix/") for name in leaves):
+    if any(name.startswith("prefix/") for name in leaves):
         raise ValueError("a prefix is keys and values of its own, and no weight that they could be merged into; keep it")
     factors = {}
     for name, w in leaves.items():
         if isinstance(w, Prompted):
             raise ValueError(f"{name} has a prompt, rows before a text, which no array of its shape can hold; keep it, or split it off")
         if isinstance(w, IA3) and w.bias is not None:
-            factors[f"{name[:-1]}b" if name.endswith("/w") else f"{name}_bias"] = w.scale
+            factors[_bias_name(name)] = w.scale
 
     def one(name, w):
         if name in factors:

@@ -111,6 +111,10 @@ class DoRA:
         return LoRA(self.base, self.a, self.b, self.alpha, self.rs, self.key, self.rate)
 
     @property
+    def stacked(self) -> int:
+        return self.direction.stacked
+
+    @property
     def factor(self) -> Array:
         """magnitude / |v|, float32 in the shape of `magnitude`."""
         return self.magnitude / jax.lax.stop_gradient(_length(dense(self.direction), self.magnitude.shape))
@@ -160,12 +164,8 @@ class Prompted:
 
 
 Adapted = LoRA | DoRA | IA3 | Adapter | Prompted  # what stands upon a `base`
-VECTORS = (
-    "magnitude",
-    "scale",
-    "down_bias",
-    "up_bias",
-)  # the parts of those that are no matrices, whatever their dimensions: they do not decay
+# The parts of those that are no matrices, whatever their dimensions: they do not decay.
+VECTORS = ("magnitude", "scale", "down_bias", "up_bias")
 
 
 # kind -> the types of what a product and its gradient are made of: activations and weights, the gradient that comes back, and whether the
