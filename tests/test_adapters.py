@@ -251,6 +251,7 @@ READ = {  # tensors, fields of the config, the sentence
     "another method": (GOOD, {"peft_type": "LOHA"}, "type 'LOHA'; LORA, IA3, PROMPT_TUNING, PREFIX_TUNING are read"),
     "a field": (GOOD, {"lora_bias": True}, "lora_bias = True, which is not supported"),
     "a changed base": (GOOD, {"init_lora_weights": "pissa_niter_4"}, "a base that 'pissa_niter_4' has changed"),
+    "nothing": ({}, {}, "holds no tensor of a LORA"),
     "a prompt": (soft, {"peft_type": "PROMPT_TUNING"}, r"a prompt of 5 tokens, .* peft.prompt\(model, params, 5\)"),
     "a prefix": (soft, {"peft_type": "PREFIX_TUNING"}, "a prefix of 5 tokens"),
 }
