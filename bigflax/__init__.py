@@ -16,6 +16,7 @@ _HOMES = {
     "bigflax.checkpoint": ("Checkpoints", "restore_params", "target_like"),
     "bigflax.generate": ("generate",),
     "bigflax.hub": ("load", "save"),
+    "bigflax.adapters": ("load_adapter", "save_adapter"),
     "bigflax.weights": ("LoRA", "Quantized", "dense"),
     "bigflax.nn": ("Model",),
     "bigflax.planner": ("plan",),

@@ -51,13 +51,15 @@ TASKS = {
     "question_answering": "QUESTION_ANS", None: "FEATURE_EXTRACTION", "embedding": "FEATURE_EXTRACTION",
 }  # fmt: skip
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq_lm")  # heads that are the base's own
-# Fields of a config that change what its tensors mean, and that weights.py has nothing for.
 METHODS = {"LoRA": "LORA", "DoRA": "LORA", "IA3": "IA3", "Prompted": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}  # ours -> PEFT's type
+SOFT = ("PROMPT_TUNING", "PREFIX_TUNING")
+# PEFT's classes of these tasks forget token types: only a prompt, which needs a class, names them.
+FORGETFUL = ("QUESTION_ANS", "FEATURE_EXTRACTION")
+# Fields of a config that change what its tensors mean, and that weights.py has nothing for.
 UNKNOWN = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
-SOFT = ("PROMPT_TUNING", "PREFIX_TUNING")
 CHANGING = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")  # values of init_lora_weights that change the base
 
 Arrays = Mapping[str, np.ndarray]
@@ -171,7 +173,16 @@ def _modules(model: Model, *, prefixed: bool = False) -> tuple[list[Module], nam
     bare, _ = peft.split(model.shapes())  # a prompt or a prefix is in no table
     model = dataclasses.replace(model, shaped=bare)
     axes, shapes = dict(trees.named_leaves(model.axes)), {name: leaf.shape for name, leaf in trees.named_leaves(bare)}
-    return [Module(line, parse_axes(axes[line.leaves[0]])) for line in hub.lines(model, prefixed=prefixed)], shapes
+    home, lines = models.family(model.family), hub.lines(model, prefixed=prefixed)
+    lines = [dataclasses.replace(line, template=_renamed(line.template, home)) for line in lines]
+    return [Module(line, parse_axes(axes[line.leaves[0]])) for line in lines], shapes
+
+
+def _renamed(name: str, home: Any) -> str:
+    """A name in the file as transformers calls it once it is read, where a family says that it differs."""
+    for pattern, new in getattr(home, "MODULES", ()):
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def _host(x: Any) -> np.ndarray:
@@ -194,8 +205,8 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
     """
     folder = hub.fetch(source)
     said, stored = _open(folder)
-    prefix = models.family(model.family).PREFIX
-    files = {_bare(key, prefix): _Stored(key, tensor) for key, tensor in stored.items()}
+    home = models.family(model.family)
+    files = {_bare(key, home): _Stored(key, tensor) for key, tensor in stored.items()}
     modules, shapes = _modules(model)
     weights, read = dict(trees.named_leaves(params, is_typed)), _lora if said["peft_type"] == "LORA" else _ia3
     biases = {module.stem: module.entry.leaves for module in modules}
@@ -206,14 +217,17 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
         parts = {name for line in module.lines.values() for name, _ in line.names(shapes)} if module.fits else set()
         known |= whole | parts
         if not whole.isdisjoint(files):
-            made |= _whole(module.entry, files, weights, shapes)
-        elif not parts.isdisjoint(files):
+            made |= (found := _whole(module.entry, files, weights, shapes))
+            weights |= found  # PEFT writes an adapted table beside its adapter
+        if not parts.isdisjoint(files):
             if module.tied_to(model, weights):
                 raise ValueError(f"{folder!r} adapts {module.stem} and not the head, which in this model is the same table")
             made |= read(module, files, said, weights, shapes, biases.get(f"{module.stem}.bias"))
     if strange := [file.key for name, file in files.items() if name not in known]:
         head = f"{model.family} with head {model.config['head']!r}"
         raise ValueError(f"{folder!r} is an adapter of another base: it has {min(strange)}, and {head} has no matrix of that name")
+    if not made:
+        raise ValueError(f"{folder!r} holds no tensor of a {said['peft_type']}")
     return _placed(params, made, model.axes, table)
 
 
@@ -239,11 +253,8 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
     """The config and the tensors of a folder."""
     for name in (CONFIG, TENSORS):
         if not os.path.exists(os.path.join(folder, name)):
-            hint = (
-                "; its weights are pickled, which PEFT can load and save again"
-                if name == TENSORS and "adapter_model.bin" in os.listdir(folder)
-                else ""
-            )
+            pickled = name == TENSORS and "adapter_model.bin" in os.listdir(folder)
+            hint = "; its weights are pickled, which PEFT can load and save again" if pickled else ""
             raise FileNotFoundError(f"{folder!r} has no {name}; a folder as PEFT writes it is needed{hint}")
     said = hub.read_json(os.path.join(folder, CONFIG), "peft_type")
     where = os.path.join(folder, CONFIG)
@@ -259,9 +270,9 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
     return said, hub.map_file(os.path.join(folder, TENSORS))
 
 
-def _bare(key: str, prefix: str) -> str:
+def _bare(key: str, home: Any) -> str:
     """A key without PEFT's prefix, and without the family's, which a base that has no head lacks."""
-    return key.removeprefix("base_model.").removeprefix("model.").removeprefix(prefix).replace(".base_layer.", ".")
+    return _renamed(key.removeprefix("base_model.").removeprefix("model.").removeprefix(home.PREFIX).replace(".base_layer.", "."), home)
 
 
 def _soft(kind: str, file: _Stored, weights: dict, folder: str) -> dict[str, Any]:
@@ -334,7 +345,7 @@ def _padded(
 
 def _alpha(said: dict, module: str) -> float:
     patterns = said.get("alpha_pattern") or {}
-    return next((alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), said["lora_alpha"])
+    return next((alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), said.get("lora_alpha", 8))
 
 
 def _vectors(module: Module, what: str, files: Mapping[str, _Stored], shapes: names.Shapes, else_: Arrays) -> dict[str, np.ndarray]:
@@ -400,12 +411,13 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
     leaves = dict(trees.named_leaves(params, is_typed))
     found = {type(w).__name__ for w in leaves.values() if isinstance(w, Adapted)} | {name.partition("/")[0] for name in leaves} & {"prefix"}
     if len(found) != 1 or not found <= METHODS.keys():
-        raise ValueError(
-            f"PEFT's folder holds one of {', '.join(METHODS)}, and these weights have {', '.join(sorted(found)) or 'no adapter'}"
-        )
+        there = ", ".join(sorted(found)) or "no adapter"
+        raise ValueError(f"PEFT's folder holds one of {', '.join(METHODS)}, and these weights have {there}")
     (method,), (head, home) = found, (model.config["head"], models.family(model.family))
     whole = ([] if head in (*LANGUAGE, None) else ["head/.*"]) if whole is None else whole
-    modules, shapes = _modules(model, prefixed=home.HEADS[head][0] != home.HEADS[None][0])
+    is_whole = lambda leaf: any(re.fullmatch(pattern, leaf) for pattern in whole)
+    prefixed = home.HEADS[head][0] != home.HEADS[None][0]  # a model without a head is written without a prefix too
+    modules, shapes = _modules(model, prefixed=prefixed)
     biases = {module.stem: module.entry.leaves for module in modules}
     rs = all(w.rs for w in leaves.values() if isinstance(w, LoRA | DoRA))
     begin, (tensors, said) = ("base_model.", _write_soft(model, leaves)) if METHODS[method] in SOFT else (PREFIX, ({}, {}))
@@ -417,28 +429,40 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
             bias = biases.get(f"{module.stem}.bias")
             made, setting = _write_ia3(module, leaves, shapes, bias) if method == "IA3" else _write_lora(module, leaves, shapes, rs)
             settings |= dict.fromkeys((name.removesuffix(".weight") for name in own), (setting, module.transposed))
-        elif any(re.fullmatch(pattern, leaf) for pattern in whole for leaf in module.entry.leaves):
+        elif any(map(is_whole, module.entry.leaves)):
             made = {name: module.entry.write(at, lambda leaf: _host(dense(leaves[leaf]))) for name, at in own.items()}
             kept |= {name.rpartition(".")[0] for name in own}
         else:
             continue
         tensors |= {begin + name: a for name, a in made.items()}
-    if jax.process_index() != 0:
-        return
+    ours = {name.rpartition(".")[0] for module in modules for name, _ in module.entry.names(shapes)}
+    others = {_renamed(template, home).rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
+    others = others if prefixed else {name.removeprefix(home.PREFIX) for name in others}
+    said |= {"peft_type": METHODS[method], "inference_mode": True, "base_model_name_or_path": model.source}
+    said |= {"task_type": _task(model, method, all(is_whole(leaf) for leaf in leaves if leaf.startswith("head/")))}
+    said |= {"modules_to_save": _roots(kept, ours) or None} | (_targets(settings, ours | others, method, rs) if settings else {})
+    if jax.process_index() == 0:
+        _write(folder, tensors, said)
+
+
+def _task(model: Model, method: str, scored: bool) -> str | None:
+    """What PEFT calls a head's task, whose class reads text and takes its scores to be in the folder. Raises ValueError for a prompt without one."""
+    head, soft = model.config["head"], METHODS[method] in SOFT
+    task = TASKS.get(head) if all(name.endswith("input_ids") for name in model.module.example()) else None
+    if soft and not (task and (scored or head in LANGUAGE)):
+        raise ValueError(
+            f"PEFT puts no prompt or prefix before a model with head {head!r}" + ("" if scored else " that is not written whole")
+        )
+    return task if soft or (task not in FORGETFUL and (scored or head in LANGUAGE)) else None
+
+
+def _write(folder: str, tensors: dict[str, np.ndarray], said: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, TENSORS)
     save_file(tensors, path + ".tmp", metadata={"format": "pt"})
     os.replace(path + ".tmp", path)
-    ours = {name.rpartition(".")[0] for module in modules for name, _ in module.entry.names(shapes)}
-    others = {template.rpartition(".")[0] for _, table in home.HEADS.values() for template in table}
-    scored = head in (*LANGUAGE, None) or all(any(re.fullmatch(p, leaf) for p in whole) for leaf in leaves if leaf.startswith("head/"))
-    said |= {
-        "peft_type": METHODS[method], "task_type": TASKS.get(head) if scored else None, "inference_mode": True,  # a task's scores are in the folder
-        "base_model_name_or_path": model.source, "modules_to_save": _roots(kept, ours) or None,
-        **(_targets(settings, ours | others, method, rs) if settings else {}),
-    }  # fmt: skip
     hub.write_file(os.path.join(folder, CONFIG), json.dumps(said, indent=2, sort_keys=True) + "\n")
 
 
@@ -448,12 +472,8 @@ def _write_soft(model: Model, leaves: Mapping[str, Any]) -> tuple[dict[str, np.n
     common = {"num_layers": sum(group.layers for group in groups), "num_transformer_submodules": 1}
     if "prefix/k" not in leaves:
         prompt = _host(leaves["embed/tokens"].prompt).astype(np.float32)
-        heads = groups[0].blocks[0].attention.heads
-        return {"prompt_embeddings": prompt}, common | {
-            "num_virtual_tokens": len(prompt),
-            "token_dim": prompt.shape[1],
-            "num_attention_heads": heads,
-        }
+        said = {"num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_attention_heads": groups[0].blocks[0].attention.heads}
+        return {"prompt_embeddings": prompt}, common | said
     rows_PL2KH = np.stack([_host(leaves[f"prefix/{part}"]).astype(np.float32).swapaxes(0, 1) for part in "kv"], axis=2)
     P, _, _, K, H = rows_PL2KH.shape
     said = common | {"num_virtual_tokens": P, "token_dim": K * H, "num_attention_heads": K, "prefix_projection": False}
@@ -545,6 +565,8 @@ def _shortened(settings: Mapping[str, tuple], modules: set[str]) -> dict[str, tu
     for name, setting in settings.items():
         parts = name.split(".")
         for i in reversed(range(len(parts))):
+            if parts[i].isdigit():
+                continue
             end = ".".join(parts[i:])
             if end in short or {settings.get(other) for other in modules if other == end or other.endswith(f".{end}")} == {setting}:
                 short[end] = setting

@@ -67,4 +67,4 @@ HEADS = {
         {**layer("cls_classifier", "head/scores"), **layer("distillation_classifier", "head/taught")},
     ),
 }
-BUFFERS, IGNORED, FIXED = vit.BUFFERS, vit.IGNORED, vit.FIXED
+MODULES, BUFFERS, IGNORED, FIXED = vit.MODULES, vit.BUFFERS, vit.IGNORED, vit.FIXED

@@ -4,6 +4,7 @@ Arguments are the fields of the Hugging Face config (`model_type` "dinov2"), wit
 of 518 pixels and are mostly used with 224: their positions are interpolated.
 """
 
+from bigflax.models.families import vit
 from bigflax.models.families.bert import layer, norm_lines
 from bigflax.models.families.vit import ATTENTION, EMBEDDINGS
 from bigflax.models.heads import SequenceHead
@@ -105,6 +106,7 @@ HEADS = {
     None: ("Dinov2Model", {}),
     "image_classification": ("Dinov2ForImageClassification", layer("classifier", "head/scores")),
 }
+MODULES = (*vit.MODULES[:2], (r"mlp\.weights_in\.weight", "mlp.gate_proj and up_proj"), (r"mlp\.weights_out", "mlp.down_proj"))  # of vit.py
 BUFFERS = ()
 # the last are of the same weights as a detector's backbone
 IGNORED = ("attention_probs_dropout_prob", "apply_layernorm", "reshape_hidden_states", "stage_names", "_?out_(features|indices)")

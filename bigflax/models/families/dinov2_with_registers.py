@@ -62,4 +62,4 @@ HEADS = {
     None: ("Dinov2WithRegistersModel", {}),
     "image_classification": ("Dinov2WithRegistersForImageClassification", layer("classifier", "head/scores")),
 }
-BUFFERS, IGNORED, FIXED = dinov2.BUFFERS, dinov2.IGNORED, dinov2.FIXED
+MODULES, BUFFERS, IGNORED, FIXED = dinov2.MODULES, dinov2.BUFFERS, dinov2.IGNORED, dinov2.FIXED
