@@ -184,9 +184,10 @@ def _along(loss_fn: LossFn, attack: Attack, *, climbs: int, share: float) -> Los
     def robust(params, batch, rng):
         return passes(params, batch, rng, jax.tree.map(lambda _: False, params))[0]
 
-    def forward(*primals):
-        learns = jax.tree.map(lambda leaf: leaf.perturbed, primals[0])
-        return passes(*jax.tree.map(lambda leaf: leaf.value, primals), learns)
+    def forward(params, batch, rng):
+        learns = jax.tree.map(lambda leaf: leaf.perturbed, params)
+        params, batch, rng = jax.tree.map(lambda leaf: leaf.value, (params, batch, rng))
+        return passes(params, batch, rng, learns)
 
     def backward(grads, cotangents):
         scale = cotangents[0].total
