@@ -17,7 +17,11 @@ loss, each step goes up its gradient and back into the ball, `l2` or `linf`, of 
 
 The gradient never goes through the ascent: delta is a constant. Where a pass that climbs counts in the loss too (fgsm, freelb), its gradient of the
 weights is taken in that same pass, so that K passes cost K, not 2 K - 1: that is what is free in FreeLB. All passes of a step share one
-dropout mask. `clean_loss` is among the metrics; these, and running statistics, are those of the batch itself, which is the first pass.
+dropout mask. `clean_loss` is among the metrics, which are those of the batch itself, the first pass; running statistics are those of the last one,
+which the weights learn from.
+
+A network that starts under attack may stay where it gives the same to all: of 8,000 of MNIST's digits a small CNN learned nothing in 300 steps with
+one of three seeds (Adam, 3e-3, pgd, linf, eps 0.1). Warm the rate up, or let the clean loss count (fgsm, freelb).
 
 Left out on purpose: SMART's proximal point (a second penalty that ties the model to an average of its own weights: `optim.make(ema=...)` keeps
 such an average), ascents that reuse the gradient of an earlier batch, and attacks on words, which have no gradient.
@@ -177,16 +181,17 @@ def _along(loss_fn: LossFn, attack: Attack, *, climbs: int, share: float) -> Los
         if share and climbs:
             total += share * jnp.sum(seen[0].total - total)
             g = jax.tree.map(lambda g, more: (1 - climbs * share) * g + share * more, g, grads) if both else g
-        loss, metrics, updates = clean
-        return (Mean(total, loss.count), {**metrics, "clean_loss": loss}, updates), g
+        loss, metrics, _ = clean
+        return (Mean(total, loss.count), {**metrics, "clean_loss": loss}, last[2]), g
 
     @jax.custom_vjp
     def robust(params, batch, rng):
         return passes(params, batch, rng, jax.tree.map(lambda _: False, params))[0]
 
-    def forward(*primals):
-        learns = jax.tree.map(lambda leaf: leaf.perturbed, primals[0])
-        return passes(*jax.tree.map(lambda leaf: leaf.value, primals), learns)
+    def forward(params, batch, rng):
+        learns = jax.tree.map(lambda leaf: leaf.perturbed, params)
+        params, batch, rng = jax.tree.map(lambda leaf: leaf.value, (params, batch, rng))
+        return passes(params, batch, rng, learns)
 
     def backward(grads, cotangents):
         scale = cotangents[0].total
