@@ -191,10 +191,14 @@ class Run:
     def tx(self):
         return optim.make(**self.config.optimizer, steps=self.steps, axes=self.model.axes)
 
+    def loss_of(self, **changes: Any) -> tasks.LossFn:
+        """The recipe's loss, with changes of its task's options."""
+        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
+        return tasks.create(**{**self.config.task, **changes}, model=self.model, **text)
+
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
-        text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
-        loss_fn = tasks.create(**self.config.task, model=self.model, **text)
+        loss_fn = self.loss_of()
         return peft.dropout(loss_fn, rate) if (rate := self.config.peft.get("dropout", 0.0)) else loss_fn
 
     def state_like(self) -> train.State:
@@ -355,7 +359,8 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             say(f"compiled the step in {compiled.seconds:.1f} s (cache {compiled.cache})")
 
         meter = Meter(
-            flops_per_step=train.model_flops(run.loss_fn, run.model.shapes(), loader.spec),
+            # an attack's passes are no work of the model
+            flops_per_step=train.model_flops(run.loss_of(attack=None), run.model.shapes(), loader.spec),
             peak_flops=chips.peak_flops(),
             total_steps=run.steps,
         )

@@ -87,8 +87,8 @@ def describe(frame: Frame) -> dict[str, tuple] | None:
 
 
 def blank(spec: dict[str, tuple], rows: int) -> dict[str, np.ndarray]:
-    """Rows of padding: labels -100, everything else 0."""
-    return {key: np.full((rows, *shape), IGNORED if key == "labels" else 0, dtype) for key, (shape, dtype) in spec.items()}
+    """Rows of padding: labels, of whatever side, -100, everything else 0."""
+    return {key: np.full((rows, *shape), IGNORED if key.endswith("labels") else 0, dtype) for key, (shape, dtype) in spec.items()}
 
 
 class WorkerRows:
