@@ -91,7 +91,7 @@ class Run:
         epochs, batch = self.config.fit.epochs, self.config.data.batch_size
         if epochs is None:
             return self.config.fit.steps
-        if self.kind.prose or self.config.data.split_by == "content":
+        if self.kind.packed or self.config.data.split_by == "content":
             raise ValueError(
                 "how many rows an epoch has is not known before packed text is packed, or split by content; set fit.steps instead of fit.epochs"
             )
@@ -125,18 +125,19 @@ class Run:
     def loader(self, split: str) -> data.Loader:
         """Endless for "train"; one pass over "validation"."""
         # one pass packs its rows best as one shard, which is its default
-        here = ("workers", "shards") if self.kind.prose and split != "train" else ()
+        here = ("workers", "shards") if self.kind.packed and split != "train" else ()
         sources, part = self.split(split)
         options = _options(
             self.config.data, "source", "validation", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
         )
         given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
         if self.kind.reader is not None:
+            packed = {"packed": options["length"]} if self.kind.packed else {}
             mine = {name: options.pop(name) for name in inspect.signature(self.kind.reader).parameters if name in options}
             if "classes" in mine:
                 mine["classes"] = self.classes
             identity = {**mine, "tokenizer": self.tokenizer.fingerprint}
-            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity}
+            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity, **packed}
         return self.kind.batches(
             sources,
             **given,

@@ -173,6 +173,7 @@ TASKS = {
     "multi_label": Task(multi_label, {"input_ids": data.reading(data.many_labelled, data.many_labelled_shapes)}, SCORES),
     "regression": Task(regression, {"input_ids": data.reading(data.scored, data.scored_shapes, classes=1)}, SCORES),
     "contrastive": Task(contrastive),
+    "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True)}, "causal_lm"),
 }
 
 

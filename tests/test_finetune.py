@@ -1,15 +1,18 @@
 """Fine-tuning by recipe: published weights, labelled text, a task of one's own, repeated seeds."""
 
+import inspect
 import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
 import bigflax
-from bigflax import data, models, recipes, runs, tasks
+from bigflax import data, models, recipes, runs, sharding, tasks, train, trees
 from bigflax.main import main
 
 WORDS = {"animals": "cat dog horse cow sheep".split(), "colours": "red green blue white black".split()}
@@ -72,6 +75,81 @@ def test_it_learns_and_says_so(home, capsys):
     assert "2 classes" in capsys.readouterr().out
     summary = json.loads((home / "learns" / "summary.json").read_text())
     assert summary["eval/accuracy"] >= 0.9 and summary["steps"] == 36  # 0.5 by chance
+
+
+def topic(rng):
+    return {"text": " ".join(rng.choice([*WORDS["animals"], *WORDS["colours"]], rng.integers(1, 16))), "topic": str(rng.choice([*WORDS]))}
+
+
+def talk(rng):
+    """A question of one to a dozen words, and which of them is an animal."""
+    words = [*rng.choice([*WORDS["colours"], "the", "a"], rng.integers(0, 12)), rng.choice(WORDS["animals"])]
+    asked = {"role": "user", "content": " ".join(rng.permutation(words))}
+    return {"messages": [asked, {"role": "assistant", "content": str(words[-1])}]}
+
+
+CHATML = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+# task -> the model, what the data section says, a record, what an evaluation tells
+KINDS = {
+    "classification": (dict(name="bert", hidden_dropout_prob=0.0), dict(length=64, label="topic"), topic, {"accuracy", "macro_f1"}),
+    "chat": (dict(name="llama"), dict(length=64, template=CHATML), talk, {"accuracy"}),
+}  # fmt: skip
+
+
+def opened(task, home):
+    """The run of a kind on records of its own, on two devices, and its first batch."""
+    model, section, record, _ = KINDS[task]
+    rng = np.random.default_rng(0)
+    (home / "rows.jsonl").write_text("".join(json.dumps(record(rng)) + "\n" for _ in range(400)))
+    said = dict(
+        model=dict(size="tiny", **model), task=dict(name=task), tokenizer=dict(kind="bytes"), optimizer=dict(lr=1e-3), fit=dict(steps=5),
+        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section),
+    )  # fmt: skip
+    run = runs.Run(recipes.resolve(ConfigDict(said)))
+    run.mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
+    with run.loader("train") as loader:
+        return run, next(loader), loader.spec
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_every_kind_of_record_is_learned(task, tmp_path):
+    """From a recipe to the first steps: the batch is what was known without a source, and five steps on it lower its loss."""
+    run, batch, spec = opened(task, tmp_path)
+    shapes = run.kind.shapes(**{name: run.config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
+    assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {name: (x.shape, x.dtype) for name, x in spec.items()}
+
+    def loss(params):
+        loss, metrics = run.loss_fn(params, batch)
+        return loss.value, metrics
+
+    @jax.jit
+    def step(params):
+        (loss_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda w, g: w - 1e-3 * jnp.sign(g), params, grads), loss_, metrics
+
+    params, seen = jax.jit(run.model.init)(jax.random.key(0)), []
+    for _ in range(5):
+        params, value, metrics = step(params)
+        seen.append(float(value))
+    assert seen[-1] < seen[0] and {*metrics} == KINDS[task][-1]
+    assert all(0 <= float(sums.value) <= 1 for sums in metrics.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "chat"])
+def test_accumulating_records_is_the_large_batch(task, tmp_path):
+    """4 x 8 records of very different lengths have the gradient of 1 x 32."""
+    run, batch, _ = opened(task, tmp_path)
+    tx, found = optax.sgd(1.0), {}
+    for parts in (1, 4):
+        state = train.init_state(run.model.init, tx, mesh=run.mesh, axes=run.model.axes)
+        before = jax.device_get(state.params)
+        state, metrics = train.train_step(run.loss_fn, tx, state, accumulate=parts)(state, batch)
+        found[parts] = jax.tree.map(np.subtract, before, jax.device_get(state.params)), float(metrics["loss"].value)
+    assert found[4][1] == pytest.approx(found[1][1], rel=1e-6)
+    for (name, a), (_, b) in zip(trees.named_leaves(found[1][0]), trees.named_leaves(found[4][0]), strict=True):
+        # the difference of float32 weights of size one carries their rounding: 2^-24 each
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max() + 2**-23, err_msg=name)
 
 
 OWN = """

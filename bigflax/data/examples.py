@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from bigflax.data.loader import Loader
-from bigflax.data.packing import Example
+from bigflax.data.packing import Example, pack
 from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
 from bigflax.data.quality import Quality
 from bigflax.data.sources import Record, Source
@@ -169,7 +169,8 @@ def find_classes(sources: Iterable[Source], name: str, said: Sequence[str] | Non
 
 @dataclasses.dataclass
 class Examples:
-    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from."""
+    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from. `packed`: rows of that length, of which
+    `bins` are open at a time, are packed of it (packing.py)."""
 
     records: Records
     read: Read
@@ -178,6 +179,8 @@ class Examples:
     repeat: bool | int = True
     shuffle: bool = True
     read_threads: int = 0
+    packed: int | None = None
+    bins: int = 8
 
     def element(self, at: dict[str, int]) -> Example | None:
         record = self.records(at["index"])
@@ -190,7 +193,8 @@ class Examples:
 
     def __call__(self, shard: int, shards: int) -> grain.IterDataset:
         at = positions(self.records, shard, shards, seed=self.seed, repeat=self.repeat, shuffle=self.shuffle)
-        return read(at, self.element, read_threads=self.read_threads)
+        found = read(at, self.element, read_threads=self.read_threads)
+        return found if self.packed is None else pack(found, self.packed, bins=self.bins, seed=sub_seed(self.seed, "bins", shard))
 
 
 def example_batches(
@@ -207,19 +211,25 @@ def example_batches(
     quality: Quality | None = None,
     identity: Mapping[str, Any] | None = None,
     read_threads: int = 0,
+    packed: int | None = None,
+    bins: int = 8,
     **loader,
 ) -> Loader:
-    """Batches of what `read` makes of the records. `identity`: what else decides about the rows, as JSON keeps it. Options as for `text_batches`."""
+    """Batches of what `read` makes of the records. `identity`: what else decides about the rows, as JSON keeps it. Options as for `text_batches`.
+
+    `packed`: what it makes are pairs (input id, label), which are packed into rows of this length, as packing.py says.
+    """
     quality = quality or Quality(field=None)
     weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
     parts: list[MakeShard] = [
         Examples(
             Records(one, quality, split, validation_fraction, split_by), read, split == "train", sub_seed(seed, "source", k), repeat,
-            read_threads=read_threads,
+            read_threads=read_threads, packed=packed, bins=bins,
         )
         for k, (one, _) in enumerate(weighted)
     ]  # fmt: skip
     weights = [float(weight) for _, weight in weighted]
     make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
     stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "seed": seed, "repeat": repeat}
+    stream |= {} if packed is None else {"packed": packed, "bins": bins}
     return make_loader(make, batch_size, mesh, quality, repeat, {**stream, **(identity or {})}, loader)
