@@ -27,6 +27,7 @@ from bigflax.generate import check as check_generate
 from bigflax.generate import generate
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
+from bigflax.scores import scored
 from bigflax.stored import open_path
 from bigflax.writers import open_writers, read_jsonl
 
@@ -171,6 +172,8 @@ class Run:
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
         text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
+        if "classes" in inspect.signature(tasks.find(self.config.task.name).loss).parameters:
+            text["classes"] = self.classes
         return tasks.create(**self.config.task, model=self.model, **text)
 
     def state_like(self) -> train.State:
@@ -185,9 +188,35 @@ class Run:
         return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=self.config.seed)
 
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
-        """`state -> metrics` over the whole validation split."""
+        """`state -> metrics` over the whole validation split, and the scores of `generate` over the first of its records."""
         step, loader = train.eval_step(self.loss_fn, self.mesh), self.loader("validation")
-        return lambda state: train.evaluate(step, state.weights, loader)
+        return lambda state: {**train.evaluate(step, state.weights, loader), **self.scores(state.weights)}
+
+    def scores(self, params: Any) -> dict[str, float]:
+        """`generate.scores` of what the model writes for the first `generate.records` of the validation split."""
+        asks, c = tasks.find(self.config.task.name).asks, self.config.get("generate")
+        if c is None or not c.scores:
+            return {}
+        assert asks is not None  # else there is no such section
+        model, said, true = self._model(unroll=1), [], []
+        with self.loader("validation") as batches:
+            for batch in batches:
+                with sharding.tracing_on(self.mesh):
+                    key = jax.random.fold_in(jax.random.key(self.config.seed), len(said))
+                    options = {**_options(c, "scores", "records"), "eos_id": self.tokenizer.eos_id, "rng": key}
+                    written = generate(model, params, **asks(model, batch), **options)
+                for tokens, labels in zip(sharding.whole(written), sharding.whole(batch["labels"]), strict=True):
+                    if (labels != tasks.IGNORED).any():  # else the loader's padding
+                        said.append(self.text(tokens))
+                        true.append(self.text(labels[labels != tasks.IGNORED]))
+                if len(said) >= c.records:
+                    break
+        return scored(c.scores, said[: c.records], true[: c.records])
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the tokens say up to the first that ends it."""
+        (ends,) = np.nonzero(tokens == self.tokenizer.eos_id)
+        return self.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
     def fit_options(self) -> dict[str, Any]:
         """Those of `train.fit`; with `fit.epochs`, an evaluation after each unless the recipe says when."""
@@ -200,7 +229,10 @@ class Run:
         sample that the model cannot write."""
         if self.fit_options()["eval_every"]:
             measure = lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[1]
-            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec)])
+            asked = self.config.get("generate", {}).get("scores", ())
+            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec), *scored(asked, ["a"], ["a"])])
+            if asked:
+                check_generate(self.model, 1, **_options(self.config.generate, "scores", "records"))
         if (ids := self.prompt()) is not None:
             check_generate(self.model, ids.shape[1], **_options(self.config.sample, "prompt"))
 
@@ -225,9 +257,7 @@ class Run:
                 eos_id=self.tokenizer.eos_id,
                 rng=jax.random.key(self.config.seed),
             )
-        new = np.asarray(tokens)[0].tolist()
-        end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
-        return c.prompt + self.tokenizer.decode(new[:end])
+        return c.prompt + self.text(np.asarray(tokens)[0])
 
 
 COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more

@@ -89,21 +89,57 @@ def talk(rng):
 
 
 CHATML = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def names(rng):
+    words = [*rng.choice(["the", "a", "of"], rng.integers(0, 9)), *rng.choice([*WORDS["animals"], *WORDS["colours"]], 2)]
+    tags = ["B-animal" if w in WORDS["animals"] else "B-colour" if w in WORDS["colours"] else "O" for w in words]
+    return {"tokens": [*map(str, words)], "tags": tags}
+
+
+def question(rng):
+    context = " ".join(str(w) for w in rng.choice([*WORDS["animals"], *WORDS["colours"]], rng.integers(4, 20), replace=True))
+    answer = str(rng.choice(context.split()))
+    return {"question": answer, "context": context, "answers": {"text": [answer], "answer_start": [context.index(answer)]}}
+
+
+def pair(rng):
+    one = topic(rng)["text"]
+    return {"anchor": one, "positive": " ".join(reversed(one.split()))}
+
+
+def shouted(rng):
+    one = topic(rng)["text"]
+    return {"source": one, "target": one.split()[0].upper()}
+
+
+def tone(rng):
+    """A twentieth of a second at 8 kHz, high or low."""
+    high = int(rng.integers(2))
+    sound = np.sin(2 * np.pi * (2000 if high else 300) * np.arange(400) / 8000 + rng.uniform(0, 6))
+    return {"audio": {"array": sound.round(3).tolist(), "sampling_rate": 8000}, "text": ["low", "high"][high]}
+
+
 # task -> the model, what the data section says, a record, what an evaluation tells
 KINDS = {
     "classification": (dict(name="bert", hidden_dropout_prob=0.0), dict(length=64, label="topic"), topic, {"accuracy", "macro_f1"}),
+    "token_classification": (dict(name="bert"), dict(length=64), names, {"accuracy", "span_f1"}),
+    "question_answering": (dict(name="bert", max_position_embeddings=128), dict(length=72, stride=8), question, {"exact_match", "f1"}),
+    "sentence_embedding": (dict(name="bert"), dict(length=64), pair, {"accuracy"}),
+    "seq2seq": (dict(name="t5"), dict(length=64, target_length=16), shouted, {"accuracy"}),
+    "speech": (dict(name="whisper"), dict(seconds=1.0, target_length=8), tone, {"accuracy"}),
     "chat": (dict(name="llama"), dict(length=64, template=CHATML), talk, {"accuracy"}),
 }  # fmt: skip
 
 
-def opened(task, home):
+def opened(task, home, **sections):
     """The run of a kind on records of its own, on two devices, and its first batch."""
     model, section, record, _ = KINDS[task]
     rng = np.random.default_rng(0)
     (home / "rows.jsonl").write_text("".join(json.dumps(record(rng)) + "\n" for _ in range(400)))
     said = dict(
         model=dict(size="tiny", **model), task=dict(name=task), tokenizer=dict(kind="bytes"), optimizer=dict(lr=1e-3), fit=dict(steps=5),
-        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section),
+        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section), **sections,
     )  # fmt: skip
     run = runs.Run(recipes.resolve(ConfigDict(said)))
     run.mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
@@ -111,7 +147,10 @@ def opened(task, home):
         return run, next(loader), loader.spec
 
 
-@pytest.mark.parametrize("task", KINDS)
+QUICK = ("token_classification", "seq2seq", "chat")
+
+
+@pytest.mark.parametrize("task", [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in KINDS])
 def test_every_kind_of_record_is_learned(task, tmp_path):
     """From a recipe to the first steps: the batch is what was known without a source, and five steps on it lower its loss."""
     run, batch, spec = opened(task, tmp_path)
@@ -133,6 +172,20 @@ def test_every_kind_of_record_is_learned(task, tmp_path):
         seen.append(float(value))
     assert seen[-1] < seen[0] and {*metrics} == KINDS[task][-1]
     assert all(0 <= float(sums.value) <= 1 for sums in metrics.values())
+
+
+def test_what_is_written_is_scored(tmp_path, monkeypatch):
+    """The first records of the validation split, once each and without a batch's padding, beside what their labels say."""
+    record = lambda rng: {"source": "abc" * 5, "target": " ".join(rng.choice(WORDS["animals"], 2))}
+    monkeypatch.setitem(KINDS, "seq2seq", (dict(name="t5"), dict(length=16, target_length=12, validation_fraction=0.1), record, {}))
+    monkeypatch.setattr(runs, "scored", lambda names, said, true: {name: (said, true) for name in names})
+    run, *_ = opened("seq2seq", tmp_path, generate=dict(scores=("wer",), records=50, max_new_tokens=8))
+    params = jax.jit(run.model.init)(jax.random.key(0))
+    said, true = run.scores(params)["wer"]
+    there = [json.loads(line)["target"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(said) == len(true) and 20 < len(true) < 50 and len(true) % 32
+    assert sorted(true) == sorted(there[i] for i in range(400) if run.records("validation")[0].chosen(i))
+    assert {*run.evaluator()(train.init_state(run.model.init, run.tx, mesh=run.mesh, axes=run.model.axes))} >= {"loss", "accuracy", "wer"}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from bigflax.data.loader import Loader
-from bigflax.data.packing import Example, pack
+from bigflax.data.packing import IGNORED, Example, document, pack
 from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
 from bigflax.data.quality import Quality
 from bigflax.data.sources import Record, Source
@@ -76,24 +76,71 @@ def scored(tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str |
     return reader
 
 
+def paired(tokenizer: Tokenizer, *, length: int, text: str = "anchor", positive: str = "positive", negative: str | None = None) -> Read:
+    """Two texts that belong together, and a third that does not where `negative` names its field: input_ids, attention_mask [2 or 3, T]."""
+    names = (text, positive, *(() if negative is None else (negative,)))
+
+    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        rows = [tokenizer.row(text_of(record, name), length=length) for name in names]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return reader
+
+
+def translated(
+    tokenizer: Tokenizer, *, length: int, target_length: int, text: str = "source", target: str = "target", prefix: str = ""
+) -> Read:
+    """A text, behind a `prefix`, and the one that is to be written for it: input_ids, attention_mask [T]; labels [target_length], with the marks of
+    the tokenizer's own and one at the end in any case."""
+
+    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        row = tokenizer.row(prefix + text_of(record, text), length=length)
+        return {**row, "labels": to_write(tokenizer, text_of(record, target), target_length)}
+
+    return reader
+
+
+def to_write(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
+    """int32 [length]: a text as a decoder is to write it, its end too; then -100."""
+    row, labels = tokenizer.row(text, length=length), np.full(length, IGNORED, np.int32)
+    ids = row["input_ids"][row["attention_mask"] > 0]
+    *_, end = document((), tokenizer.bos_id, tokenizer.eos_id)
+    if ids[-1] != end:
+        ids = np.append(ids[: length - 1], end)
+    labels[: len(ids)] = ids
+    return labels
+
+
 def labelled_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
     """Shapes and dtypes of a batch of `labelled`, known without a source."""
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
 
 
 def many_labelled_shapes(*, length: int, batch_size: int, pair: str | None = None, classes: Sequence[str] | None = None) -> Shapes:
     """Those of `many_labelled`, whose classes must be named."""
     if classes is None:
         raise ValueError("without data the classes are not known; name them: data.classes")
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size, len(classes)), np.float32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size, len(classes)), np.float32)}
 
 
 def scored_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
     """Those of `scored`."""
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.float32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.float32)}
 
 
-def _rows(length: int, batch_size: int, pair: str | None) -> Shapes:
+def paired_shapes(*, length: int, batch_size: int, negative: str | None = None) -> Shapes:
+    """Those of `paired`."""
+    many = 2 if negative is None else 3
+    return {name: jax.ShapeDtypeStruct((batch_size, many, length), np.int32) for name in row_shapes(length, batch_size)}
+
+
+def translated_shapes(*, length: int, target_length: int, batch_size: int) -> Shapes:
+    """Those of `translated`."""
+    return row_shapes(length, batch_size) | {"labels": jax.ShapeDtypeStruct((batch_size, target_length), np.int32)}
+
+
+def row_shapes(length: int, batch_size: int, pair: str | None = None) -> Shapes:
+    """Those of `Tokenizer.row`."""
     names = ("input_ids", "attention_mask", *(("token_type_ids",) if pair else ()))
     return {name: jax.ShapeDtypeStruct((batch_size, length), np.int32) for name in names}
 
