@@ -88,11 +88,13 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         home = {"kind": "bpe", "path": None} if source is None else {"kind": "file", "path": source}
         words = {"tokenizer": {**home, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
     if tasks.find(task).asks is not None:
-        prompt = {
-            "generate": {"scores": (), "records": 100, **_keywords(check, "model", "length"), "max_new_tokens": 64, "temperature": 0.0}
-        }
+        prompt["generate"] = {
+            "scores": (), "records": 100, **_keywords(check, "model", "length"), "max_new_tokens": 64, "temperature": 0.0,
+        }  # fmt: skip
+    if kind.prompt is not None:
+        prompt["sample"] = {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}
     if kind.prose:
-        prompt = {"sample": {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}, "yardsticks": False}
+        prompt["yardsticks"] = False
     return {
         "seed": 0,
         "work": "",

@@ -238,10 +238,10 @@ class Run:
 
     def prompt(self) -> np.ndarray | None:
         """The recipe's prompt as token ids [1, T], or None where it has none or the model learns something else than to continue."""
-        text = self.config.sample.prompt if self.kind.prose else ""
-        if not text or self.config.data.objective != "causal":
+        if self.kind.prompt is None or not (text := self.config.sample.prompt):
             return None
-        return np.array([[self.tokenizer.bos_id, *self.tokenizer.encode(text)]], np.int32)
+        ids = self.kind.prompt(self.tokenizer, self.config.data, text)
+        return ids if ids is None else ids[None]
 
     def sample(self, params: Any) -> str | None:
         """The prompt and its continuation; None where there is no prompt."""
@@ -257,7 +257,7 @@ class Run:
                 eos_id=self.tokenizer.eos_id,
                 rng=jax.random.key(self.config.seed),
             )
-        return c.prompt + self.text(np.asarray(tokens)[0])
+        return c.prompt + ("" if self.kind.prose else "\n") + self.text(np.asarray(tokens)[0])
 
 
 COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more

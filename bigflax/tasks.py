@@ -317,7 +317,7 @@ TASKS = {
     "contrastive": Task(contrastive),
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
     "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
-    "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True)}, "causal_lm"),
+    "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
 }
 
 

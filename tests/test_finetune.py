@@ -139,9 +139,9 @@ def opened(task, home, **sections):
     (home / "rows.jsonl").write_text("".join(json.dumps(record(rng)) + "\n" for _ in range(400)))
     said = dict(
         model=dict(size="tiny", **model), task=dict(name=task), tokenizer=dict(kind="bytes"), optimizer=dict(lr=1e-3), fit=dict(steps=5),
-        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section), **sections,
+        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section),
     )  # fmt: skip
-    run = runs.Run(recipes.resolve(ConfigDict(said)))
+    run = runs.Run(recipes.resolve(ConfigDict(said | sections)))
     run.mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
     with run.loader("train") as loader:
         return run, next(loader), loader.spec
@@ -186,6 +186,20 @@ def test_what_is_written_is_scored(tmp_path, monkeypatch):
     assert len(said) == len(true) and 20 < len(true) < 50 and len(true) % 32
     assert sorted(true) == sorted(there[i] for i in range(400) if run.records("validation")[0].chosen(i))
     assert {*run.evaluator()(train.init_state(run.model.init, run.tx, mesh=run.mesh, axes=run.model.axes))} >= {"loss", "accuracy", "wer"}
+
+
+@pytest.mark.slow
+def test_a_run_watches_what_is_written_and_a_chat_is_answered(tmp_path, one_device, capsys):
+    sections = dict(
+        generate=dict(scores=("wer", "exact_match"), records=8, max_new_tokens=8), watch=dict(metric="wer"), fit=dict(steps=2, eval_every=1)
+    )
+    run, *_ = opened("seq2seq", tmp_path, work=str(tmp_path / "work"), **sections)
+    assert runs.train_run(run.config) == 0
+    summary = json.loads((tmp_path / "work" / "summary.json").read_text())
+    assert summary["eval/wer"] > 0.5 and 0 <= summary["eval/exact_match"] <= 1 and summary["sample"] is None
+    run, *_ = opened("chat", tmp_path, sample=dict(prompt="which animal", max_new_tokens=5))
+    assert run.tokenizer.decode(run.prompt()[0], skip_special=False) == "<user>which animal<|endoftext|><assistant>"
+    assert run.sample(jax.jit(run.model.init)(jax.random.key(0))).startswith("which animal\n")
 
 
 @pytest.mark.slow

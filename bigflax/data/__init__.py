@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bigflax.data.dialogues import chat, chat_shapes
+    from bigflax.data.dialogues import asked, chat, chat_shapes
     from bigflax.data.examples import (
         example_batches,
         find_classes,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
-    "dialogues": ("chat", "chat_shapes"),
+    "dialogues": ("asked", "chat", "chat_shapes"),
     "examples": (
         "example_batches",
         "find_classes",
@@ -72,7 +72,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
-    "Tokenizer", "answered", "answered_shapes", "byte_tokenizer", "channels_first", "chat", "chat_shapes", "count_classes",
+    "Tokenizer", "answered", "answered_shapes", "asked", "byte_tokenizer", "channels_first", "chat", "chat_shapes", "count_classes",
     "example_batches", "find_classes", "find_tags", "image_batches", "image_shapes", "in_split", "labelled", "labelled_shapes",
     "load_tokenizer", "many_labelled", "many_labelled_shapes", "open_source", "paired", "paired_shapes", "reading", "record_batches",
     "sample_texts", "scored", "scored_shapes", "tagged", "tagged_shapes", "text_batches", "text_shapes", "train_bpe", "transcribed",

@@ -63,20 +63,22 @@ def compiled(template: str) -> Any:
         raise ValueError(f"the chat template is none: {error}") from error
 
 
-def written(template: str, messages: Sequence[Mapping[str, Any]], **more: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where its answers stand, by characters from and to. `more`: what else the template sees, as `bos_token`.
-
-    Raises ValueError where the template refuses it, where there is no answer, and where it is not told from the rest.
-    """
+def render(template: str, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, ask: bool = False) -> str:
+    """The text of a conversation, with the marks; `ask`: and the prompt to answer it. Raises ValueError where the template refuses it."""
     from jinja2 import TemplateError
 
-    def render(messages, ask=False):
-        try:
-            return compiled(template).render(messages=messages, add_generation_prompt=ask, **more)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template does not take this conversation: {error}") from error
+    roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    tokens = {f"{role}_token": tokenizer.inner.id_to_token(i) for role, i in roles.items() if i is not None}
+    try:
+        return compiled(template).render(messages=messages, add_generation_prompt=ask, **tokens)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template does not take this conversation: {error}") from error
 
-    text, spans = render(messages), []
+
+def written(template: str, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where its answers stand, by characters from and to. Raises ValueError where there is none, and where it is not
+    told from the rest."""
+    text, spans = render(template, messages, tokenizer), []
     if MARKS[0] in text:
         at, plain = 0, ""
         for k, part in enumerate(re.split(f"[{MARKS}]", text)):
@@ -85,7 +87,7 @@ def written(template: str, messages: Sequence[Mapping[str, Any]], **more: Any) -
         return plain, spans
     for k, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, after = render(messages[:k], True), render(messages[: k + 1])
+            before, after = render(template, messages[:k], tokenizer, ask=True), render(template, messages[: k + 1], tokenizer)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"the chat template writes message {k + 1} otherwise once others follow; mark answers in it by {{% generation %}}"
@@ -96,6 +98,14 @@ def written(template: str, messages: Sequence[Mapping[str, Any]], **more: Any) -
     return text, spans
 
 
+def asked(tokenizer: Tokenizer, data: Any, prompt: str) -> np.ndarray | None:
+    """The ids of what a model that learned `chat` is to answer."""
+    template = tokenizer.template if data.template is None else data.template
+    if template is None:
+        return np.array([tokenizer.bos_id, *tokenizer.encode(prompt)], np.int32)
+    return tokenizer.encode(render(template, [{"role": "user", "content": prompt}], tokenizer, ask=True))
+
+
 def chat(
     tokenizer: Tokenizer, *, length: int, messages: str = "messages", prompt: str = "prompt", completion: str = "completion",
     template: str | None = None,
@@ -103,19 +113,17 @@ def chat(
     """A conversation, or where a record has none a prompt and its completion: "pairs" int32 [n, 2], n <= `length`, of input ids and labels,
     -100 for all but answers. `template` instead of the tokenizer's."""
     template = tokenizer.template if template is None else template
-    roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    tokens = {f"{role}_token": tokenizer.inner.id_to_token(i) for role, i in roles.items() if i is not None}
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
         if messages not in record and completion in record:
-            asked, told = tokenizer.encode(text_of(record, prompt)), tokenizer.encode(text_of(record, completion))
-            ids = np.concatenate([*document((asked, told), tokenizer.bos_id, tokenizer.eos_id)])
-            answer = np.arange(len(ids)) > len(asked)
+            before, after = tokenizer.encode(text_of(record, prompt)), tokenizer.encode(text_of(record, completion))
+            ids = np.concatenate([*document((before, after), tokenizer.bos_id, tokenizer.eos_id)])
+            answer = np.arange(len(ids)) > len(before)
         else:
             if template is None:
                 raise RuntimeError("the tokenizer has no chat template; put a chat_template.jinja beside it, or name one: data.template")
             said = _messages(field(record, messages), messages)
-            text, spans = written(template, said, **tokens)
+            text, spans = written(template, said, tokenizer)
             ids, at = tokenizer.located(text)
             answer = np.any([(at[:, 0] >= begin) & (at[:, 0] < end) for begin, end in spans], axis=0)
         pairs = np.stack([ids[:-1], np.where(answer, ids, IGNORED)[1:]], axis=1)[:length]

@@ -1,5 +1,7 @@
 """Conversations: the template's text is transformers' own, answers alone are learned, and a packed row is its records."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_answers_alone_are_learned(name):
     template, end = TEMPLATES[name]
     pairs = data.chat(BYTES, length=400, template=template)({"messages": TALK}, None)["pairs"]
     assert answers(BYTES, pairs) == [TALK[1]["content"] + end, TALK[3]["content"] + end]
-    text, _ = written(template, TALK, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    text, _ = written(template, TALK, BYTES)
     ids = BYTES.encode(text)
     np.testing.assert_array_equal(pairs[:, 0], ids[:-1])
     learned = pairs[:, 1] != -100
@@ -66,6 +68,12 @@ def test_a_prompt_and_its_completion_stand_within_marks():
     np.testing.assert_array_equal(pairs, [[end, -100], [97, -100], [98, 99], [99, 100], [100, end]])
     cut = data.chat(BYTES, length=3)({"prompt": "ab", "completion": "cd"}, None)["pairs"]
     np.testing.assert_array_equal(cut, pairs[:3])
+
+
+def test_a_prompt_is_what_stands_before_an_answer():
+    for template, want in [(None, "<|endoftext|>hi"), (TEMPLATES["chatml"][0], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")]:
+        ids = data.asked(BYTES, SimpleNamespace(template=template), "hi")
+        assert BYTES.decode(ids, skip_special=False) == want
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
