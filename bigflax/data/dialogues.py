@@ -65,12 +65,13 @@ def compiled(template: str) -> Any:
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, ask: bool = False) -> str:
     """The text of a conversation, with the marks; `ask`: and the prompt to answer it. Raises ValueError where the template refuses it."""
+    made = compiled(template)  # which says what to install, where there is no jinja2
     from jinja2 import TemplateError
 
     roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     tokens = {f"{role}_token": tokenizer.inner.id_to_token(i) for role, i in roles.items() if i is not None}
     try:
-        return compiled(template).render(messages=messages, add_generation_prompt=ask, **tokens)
+        return made.render(messages=messages, add_generation_prompt=ask, **tokens)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template does not take this conversation: {error}") from error
 

@@ -1,5 +1,6 @@
 """Conversations: the template's text is transformers' own, answers alone are learned, and a packed row is its records."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ from bigflax import data, losses, models
 from bigflax.data.dialogues import written
 from bigflax.data.packing import pack
 
+pytest.importorskip("jinja2", reason="jinja2 (extra chat) is not installed")
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 MARKED = """{%- for message in messages %}
@@ -120,6 +122,12 @@ def test_what_is_refused(name):
         data.chat(BYTES, **{"length": 64, "template": TEMPLATES["chatml"][0], **options})(record, None)
     with pytest.raises(RuntimeError, match=r"no chat template; put a chat_template.jinja beside it"):
         data.chat(BYTES, length=8)({"messages": TALK}, None)
+
+
+def test_without_jinja2_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"chat templates need jinja2: pip install 'bigflax\[chat\]'"):
+        data.chat(BYTES, length=64, template="{# another one, not compiled before #}")({"messages": TALK}, None)
 
 
 def test_a_packed_row_gives_each_record_the_loss_that_it_has_alone():
