@@ -27,7 +27,7 @@ import numpy as np
 from bigflax import models, trees
 from bigflax.models import names, published
 from bigflax.nn import Model
-from bigflax.sharding import TABLE, Table, make_mesh, shardings
+from bigflax.sharding import TABLE, Table, make_mesh, shardings, whole
 from bigflax.weights import dense, is_typed
 
 TOKENIZER_FILES = (
@@ -325,12 +325,7 @@ class _OneLeaf:
         if name not in self.held:
             while len(self.held) >= self.most:
                 self.held.pop(next(iter(self.held)))
-            w = dense(self.leaves[name])
-            if not w.is_fully_addressable:
-                from jax.experimental import multihost_utils
-
-                w = multihost_utils.process_allgather(w, tiled=True)
-            a = np.asarray(w)
+            a = whole(dense(self.leaves[name]))
             self.held[name] = a.astype(_written(a.dtype, self.dtype), copy=False)
         return self.held[name]
 

@@ -4,7 +4,7 @@ A metric is a scalar or `Sums`: arrays that add with those of other rows, and a 
 evaluation batches are weighed by what they count (tokens, examples), not equally, and what is no mean of rows comes out as over all of them:
 
     Mean           total / count
-    F1             2 hit / (said + true) of classes, by their counts; van Rijsbergen 1979
+    F1             2 hit / (said + true) of classes, or of spans, by their counts; van Rijsbergen 1979
     Matthews       the correlation of predicted and true classes, by the same counts; Gorodkin 2004, equation 8
     Correlation    Pearson's, of two numbers a row, by their sums and squares
 
@@ -127,6 +127,34 @@ class F1(Counts):
         if self.average == "micro":
             return _ratio(xp, 2 * hit.sum(), (said + true).sum())
         return _ratio(xp, _ratio(xp, 2 * hit, said + true, 0.0).sum(), (said + true > 0).sum())
+
+
+def span_f1(said_BT: jax.Array, true_BT: jax.Array, classes: Sequence[str]) -> F1:
+    """F1 of the spans that classes "B-name", "I-name" and "O" mark in rows: a hit has the same bounds and name. Label -100 is passed over.
+
+    A span begins at a B, and at an I that does not follow its own name, as conlleval counts (Tjong Kim Sang and De Meulder 2003, cs/0306050).
+    """
+    O, I = 0, 2
+    mark_C = jnp.array([*("OBI".index(name[0]) for name in classes), O])  # the last class is that of nothing
+    names = sorted({name[2:] for name in classes})
+    name_C = jnp.array([*(names.index(name[2:]) for name in classes), -1])
+    order_BT = jnp.argsort(true_BT == IGNORE, axis=1, stable=True)  # words first, one beside the other
+    at_T = jnp.arange(true_BT.shape[1])
+
+    def spans(tags_BT):
+        tags_BT = jnp.take_along_axis(jnp.where(true_BT == IGNORE, len(classes), tags_BT), order_BT, axis=1)
+        mark_BT, name_BT = (jnp.sum(jnp.where(tags_BT[..., None] == jnp.arange(len(classes) + 1), x_C, 0), -1) for x_C in (mark_C, name_C))
+        before = lambda x_BT, first: jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=first)
+        goes_on_BT = (mark_BT == I) & (before(mark_BT, O) != O) & (before(name_BT, -1) == name_BT)
+        stops_BT = jax.lax.cummin(
+            jnp.where(goes_on_BT, len(at_T), at_T), axis=1, reverse=True
+        )  # the first place from here that goes not on
+        ends_BT = jnp.pad(stops_BT[:, 1:], ((0, 0), (0, 1)), constant_values=len(at_T))
+        return (mark_BT != O) & ~goes_on_BT, ends_BT, name_BT
+
+    (begins, ends, name), (true_begins, true_ends, true_name) = spans(said_BT), spans(true_BT)
+    hit_BT = begins & true_begins & (ends == true_ends) & (name == true_name)
+    return F1(*(jnp.sum(x, dtype=jnp.float32) for x in (hit_BT, begins, true_begins)), average="micro")
 
 
 @jax.tree_util.register_dataclass

@@ -96,8 +96,14 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind.tokenized:
         home = {"kind": "bpe", "path": None} if source is None else {"kind": "file", "path": source}
         words = {"tokenizer": {**home, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
+    if tasks.find(task).asks is not None:
+        prompt["generate"] = {
+            "scores": (), "records": 100, **_keywords(check, "model", "length"), "max_new_tokens": 64, "temperature": 0.0,
+        }  # fmt: skip
+    if kind.prompt is not None:
+        prompt["sample"] = {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}
     if kind.prose:
-        prompt = {"sample": {"prompt": "", **_keywords(check, "model", "length"), "max_new_tokens": 100}, "yardsticks": False}
+        prompt["yardsticks"] = False
     return {
         "seed": 0,
         "work": "",
@@ -110,7 +116,11 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             **_keywords(Loader, "make_shard", "mesh", "finite", "quality", "identity", "batch_size"),
             **_keywords(Quality, "quarantine", "bad", *(() if kind.prose else ("max_line", "field"))),
         },
-        "task": {"name": "", **_keywords(tasks.find(task).loss, "model", "token_bytes"), **_keywords(tasks.create, "name", "model")},
+        "task": {
+            "name": "",
+            **_keywords(tasks.find(task).loss, "model", "token_bytes", "classes"),
+            **_keywords(tasks.create, "name", "model"),
+        },
         "peft": peft_keys((config.get("peft") or {}).get("name")),
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},

@@ -27,6 +27,7 @@ from bigflax.generate import check as check_generate
 from bigflax.generate import generate
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
+from bigflax.scores import scored
 from bigflax.stored import open_path
 from bigflax.writers import open_writers, read_jsonl
 
@@ -95,7 +96,7 @@ class Run:
         epochs, batch = self.config.fit.epochs, self.config.data.batch_size
         if epochs is None:
             return self.config.fit.steps
-        if self.kind.prose or self.config.data.split_by == "content":
+        if self.kind.packed or self.config.data.split_by == "content":
             raise ValueError(
                 "how many rows an epoch has is not known before packed text is packed, or split by content; set fit.steps instead of fit.epochs"
             )
@@ -130,18 +131,19 @@ class Run:
     def loader(self, split: str) -> data.Loader:
         """Endless for "train"; one pass over "validation"."""
         # one pass packs its rows best as one shard, which is its default
-        here = ("workers", "shards") if self.kind.prose and split != "train" else ()
+        here = ("workers", "shards") if self.kind.packed and split != "train" else ()
         sources, part = self.split(split)
         options = _options(
             self.config.data, "source", "validation_source", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
         )
         given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
         if self.kind.reader is not None:
+            packed = {"packed": options["length"]} if self.kind.packed else {}
             mine = {name: options.pop(name) for name in inspect.signature(self.kind.reader).parameters if name in options}
             if "classes" in mine:
                 mine["classes"] = self.classes
             identity = {**mine, "tokenizer": self.tokenizer.fingerprint}
-            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity}
+            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity, **packed}
         return self.kind.batches(
             sources,
             **given,
@@ -194,6 +196,8 @@ class Run:
     def loss_of(self, **changes: Any) -> tasks.LossFn:
         """The recipe's loss, with changes of its task's options."""
         text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
+        if "classes" in inspect.signature(tasks.find(self.config.task.name).loss).parameters:
+            text["classes"] = self.classes
         return tasks.create(**{**self.config.task, **changes}, model=self.model, **text)
 
     @functools.cached_property
@@ -217,9 +221,35 @@ class Run:
         return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=seed, freeze=freeze, table=self.table)
 
     def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
-        """`state -> metrics` over the whole validation split."""
+        """`state -> metrics` over the whole validation split, and the scores of `generate` over the first of its records."""
         step, loader = train.eval_step(self.loss_fn, self.mesh, self.table), self.loader("validation")
-        return lambda state: train.evaluate(step, state.averaged, loader)
+        return lambda state: {**train.evaluate(step, state.averaged, loader), **self.scores(state.averaged)}
+
+    def scores(self, params: Any) -> dict[str, float]:
+        """`generate.scores` of what the model writes for the first `generate.records` of the validation split."""
+        asks, c = tasks.find(self.config.task.name).asks, self.config.get("generate")
+        if c is None or not c.scores:
+            return {}
+        assert asks is not None  # else there is no such section
+        model, said, true = self._model(unroll=1), [], []
+        with self.loader("validation") as batches:
+            for batch in batches:
+                with sharding.tracing_on(self.mesh, self.table):
+                    key = jax.random.fold_in(jax.random.key(self.config.seed), len(said))
+                    options = {**_options(c, "scores", "records"), "eos_id": self.tokenizer.eos_id, "rng": key}
+                    written = generate(model, params, **asks(model, batch), **options)
+                for tokens, labels in zip(sharding.whole(written), sharding.whole(batch["labels"]), strict=True):
+                    if (labels != tasks.IGNORED).any():  # else the loader's padding
+                        said.append(self.text(tokens))
+                        true.append(self.text(labels[labels != tasks.IGNORED]))
+                if len(said) >= c.records:
+                    break
+        return scored(c.scores, said[: c.records], true[: c.records])
+
+    def text(self, tokens: np.ndarray) -> str:
+        """What the tokens say up to the first that ends it."""
+        (ends,) = np.nonzero(tokens == self.tokenizer.eos_id)
+        return self.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
     def fit_options(self) -> dict[str, Any]:
         """Those of `train.fit`; with `fit.epochs`, an evaluation after each unless the recipe says when."""
@@ -232,16 +262,19 @@ class Run:
         sample that the model cannot write."""
         if self.fit_options()["eval_every"]:
             measure = lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[1]
-            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec)])
+            asked = self.config.get("generate", {}).get("scores", ())
+            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec), *scored(asked, ["a"], ["a"])])
+            if asked:
+                check_generate(self.model, 1, **_options(self.config.generate, "scores", "records"))
         if (ids := self.prompt()) is not None:
             check_generate(self.model, ids.shape[1], **_options(self.config.sample, "prompt"))
 
     def prompt(self) -> np.ndarray | None:
         """The recipe's prompt as token ids [1, T], or None where it has none or the model learns something else than to continue."""
-        text = self.config.sample.prompt if self.kind.prose else ""
-        if not text or self.config.data.objective != "causal":
+        if self.kind.prompt is None or not (text := self.config.sample.prompt):
             return None
-        return np.array([[self.tokenizer.bos_id, *self.tokenizer.encode(text)]], np.int32)
+        ids = self.kind.prompt(self.tokenizer, self.config.data, text)
+        return ids if ids is None else ids[None]
 
     def sample(self, params: Any) -> str | None:
         """The prompt and its continuation; None where there is no prompt."""
@@ -257,9 +290,7 @@ class Run:
                 eos_id=self.tokenizer.eos_id,
                 rng=jax.random.key(self.config.seed),
             )
-        new = np.asarray(tokens)[0].tolist()
-        end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else len(new)
-        return c.prompt + self.tokenizer.decode(new[:end])
+        return c.prompt + ("" if self.kind.prose else "\n") + self.text(np.asarray(tokens)[0])
 
 
 COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more

@@ -167,6 +167,15 @@ def check_batch(size: int, mesh: Mesh, table: Table = TABLE) -> None:
         raise ValueError(f"batch {size} does not divide over {parts} devices on axes {', '.join(map(repr, axes))}; nearest is {near}")
 
 
+def whole(x: Any) -> np.ndarray:
+    """All of an array, on the host. One that lies on several hosts all of them must ask for together."""
+    if not getattr(x, "is_fully_addressable", True):
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Says how an activation lies, inside a step; outside of `tracing_on` it does nothing, so models run anywhere."""
     current = _tracing.get()

@@ -9,8 +9,10 @@ A batch carries `labels` already aligned with the positions (no shift here), -10
 and metrics are `Mean(total, count)` over real tokens or rows, so that accumulation, hosts and evaluation weigh every one alike.
 """
 
+import dataclasses
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import adversarial, data, losses, ops, preference, trees
-from bigflax.metrics import F1, Correlation, Mean
+from bigflax.metrics import F1, Correlation, Mean, span_f1
+from bigflax.models.seq2seq import Seq2Seq, shift_right
 from bigflax.nn import Model
+from bigflax.ops.mel import RATE
 from bigflax.ops.mixing import mixed
 from bigflax.weights import Adapted, named_weights, rounded
 
@@ -62,6 +66,40 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
         return loss, metrics
 
     return loss_fn
+
+
+def seq2seq(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> LossFn:
+    """`token_loss` of an encoder-decoder that is to write `labels` [B, T], given each but the last of them."""
+    loss_fn = token_loss(model, z_loss=z_loss, chunk=chunk)
+
+    def shifted(params, batch, rng=None):
+        if not isinstance(model.module, Seq2Seq):
+            raise ValueError("seq2seq needs an encoder-decoder, a family such as t5, bart or whisper")
+        before_BT = shift_right(batch["labels"], start=model.module.start, pad=model.module.pad)
+        return loss_fn(params, {**batch, "decoder_input_ids": before_BT}, rng)
+
+    return shifted
+
+
+def read(model: Model, batch: Any) -> dict[str, Any]:
+    """What an encoder reads."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def speech(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> LossFn:
+    """`seq2seq` of what is said in `waveform` [B, samples] at 16 kHz, of which the model hears the spectrogram."""
+    loss_fn = seq2seq(model, z_loss=z_loss, chunk=chunk)
+
+    def listening(params, batch, rng=None):
+        return loss_fn(params, {**heard(model, batch), "labels": batch["labels"]}, rng)
+
+    return listening
+
+
+def heard(model: Model, batch: Any) -> dict[str, Any]:
+    """What an encoder hears."""
+    sound = batch["waveform"]
+    return {"input_features": ops.log_mel(sound, model.config["num_mel_bins"], seconds=sound.shape[1] / RATE)}
 
 
 def classification(
@@ -125,12 +163,83 @@ def regression(model: Model) -> LossFn:
     return loss_fn
 
 
-def _scores(model: Model, params: Any, batch: Any, rng: Any) -> tuple[Any, dict[str, Any]]:
-    """(logits [B, C], all outputs). Raises ValueError where the model gives no such scores."""
-    out = model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
-    if getattr(out.get("logits"), "ndim", 0) != 2:
-        raise ValueError(f"classification needs a model with a head for it, logits [B, C]; this one gives {', '.join(out)}")
+def _outputs(model: Model, params: Any, batch: Any, rng: Any) -> dict[str, Any]:
+    return model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
+
+
+def _scores(model: Model, params: Any, batch: Any, rng: Any, shape: str = "BC") -> tuple[Any, dict[str, Any]]:
+    """(logits of this shape, all outputs). Raises ValueError where the model gives no such scores."""
+    out = _outputs(model, params, batch, rng)
+    if getattr(out.get("logits"), "ndim", 0) != len(shape):
+        raise ValueError(f"classification needs a model with a head for it, logits [{', '.join(shape)}]; this one gives {', '.join(out)}")
     return out["logits"], out
+
+
+def token_classification(model: Model, *, classes: Sequence[str] | None = None) -> LossFn:
+    """Cross-entropy of `logits` [B, T, C] over the tokens with a label. Metrics: `accuracy`, and where the `classes` are "O", "B-name" and "I-name"
+    `span_f1`, of whole spans."""
+    bio = classes if classes and all(re.fullmatch("O|[BI]-.+", name) for name in classes) else None
+
+    def loss_fn(params, batch, rng=None):
+        labels_BT, (logits, _) = batch["labels"], _scores(model, params, batch, rng, "BTC")
+        real_BT, chosen_BT = labels_BT != IGNORED, jnp.argmax(logits, -1)
+        metrics: dict[str, Any] = {"accuracy": Mean.of(chosen_BT == labels_BT, real_BT)}
+        if bio:
+            metrics["span_f1"] = span_f1(chosen_BT, labels_BT, bio)
+        return Mean.of(losses.cross_entropy(logits, labels_BT), real_BT), metrics
+
+    return loss_fn
+
+
+def question_answering(model: Model, *, longest: int = 30) -> LossFn:
+    """Cross-entropy of `start_logits` and `end_logits` [B, T] over the first and the last token of the answer, `labels` [B, 2]; their mean.
+
+    Metrics of the likeliest span of at most `longest` tokens: `exact_match`, and `f1`, the mean over questions of the overlap with the answer
+    (Rajpurkar et al. 2016, 1606.05250, section 6.1; theirs is of words, scores.py's too).
+    """
+
+    def loss_fn(params, batch, rng=None):
+        out, labels_B2 = _outputs(model, params, batch, rng), batch["labels"]
+        if not {"start_logits", "end_logits"} <= out.keys():
+            raise ValueError(f"question answering needs start_logits and end_logits; this model gives {', '.join(out)}")
+        start_BT, end_BT = (
+            jnp.where(batch["attention_mask"] > 0, out[name].astype(jnp.float32), -1e30) for name in ("start_logits", "end_logits")
+        )
+        real_B, T = labels_B2[:, 0] != IGNORED, start_BT.shape[1]
+        losses_B = (losses.cross_entropy(start_BT, labels_B2[:, 0]) + losses.cross_entropy(end_BT, labels_B2[:, 1])) / 2
+        length_TT = jnp.arange(T) - jnp.arange(T)[:, None]
+        both = jnp.where((length_TT >= 0) & (length_TT < longest), start_BT[:, :, None] + end_BT[:, None], -jnp.inf)
+        first_B, last_B = jnp.divmod(jnp.argmax(both.reshape(len(both), -1), -1), T)
+        shared_B = jnp.maximum(jnp.minimum(last_B, labels_B2[:, 1]) - jnp.maximum(first_B, labels_B2[:, 0]) + 1, 0)
+        f1_B = 2 * shared_B / (last_B - first_B + 1 + labels_B2[:, 1] - labels_B2[:, 0] + 1)
+        exact_B = (first_B == labels_B2[:, 0]) & (last_B == labels_B2[:, 1])
+        return Mean.of(losses_B, real_B), {"exact_match": Mean.of(exact_B, real_B), "f1": Mean.of(f1_B, real_B)}
+
+    return loss_fn
+
+
+def sentence_embedding(model: Model, *, temperature: float = 0.05) -> LossFn:
+    """Texts that belong together, rows of `input_ids` [B, 2, T], found among those of the batch by their `sentence_embedding`: the loss of CLIP
+    (losses.contrastive), in-batch negatives as van den Oord et al. 2018 (InfoNCE, 1807.03748), of SimCSE's temperature (2104.08821).
+
+    A third text of a row, where there is one, is one more that each first must not find. All go through the model at once. With accumulation the
+    others are those of the same micro-batch. Metric: `accuracy`, how often the nearest of the second (and third) texts is the right one.
+    """
+
+    def loss_fn(params, batch, rng=None):
+        B, P, T = batch["input_ids"].shape
+        out = model.apply(params, rng=rng, logits=False, **{name: x.reshape(B * P, T) for name, x in batch.items()})
+        if "sentence_embedding" not in out:
+            raise ValueError(f"embeddings of sentences need a model with the head 'embedding'; this one gives {', '.join(out)}")
+        first_BD, *others = jnp.moveaxis(out["sentence_embedding"].reshape(B, P, -1), 1, 0)
+        real_B = jnp.any(batch["attention_mask"][:, 0] > 0, -1)  # a loader's padding is nobody's neighbour
+        similar = jnp.where(jnp.tile(real_B, P - 1), first_BD @ jnp.concatenate(others).T, -1e30)
+        back = jnp.where(real_B, similar[:, :B].T, -1e30)
+        own_B = jnp.arange(B)
+        losses_B = (losses.cross_entropy(similar / temperature, own_B) + losses.cross_entropy(back / temperature, own_B)) / 2
+        return Mean.of(losses_B, real_B), {"accuracy": Mean.of(jnp.argmax(similar, 1) == own_B, real_B)}
+
+    return loss_fn
 
 
 def contrastive(model: Model) -> LossFn:
@@ -156,6 +265,33 @@ def contrastive(model: Model) -> LossFn:
         return Mean(jnp.sum(losses_B), len(losses_B)), {"accuracy": Mean(found, 2 * len(losses_B))}
 
     return loss_fn
+
+
+def zero_shot(
+    model: Model, params: Any, tokenizer: data.Tokenizer, classes: Sequence[str], templates: Sequence[str], *, length: int
+) -> jax.Array:
+    """[C, D] of length 1: for each class the mean of what the model makes of it in every template, "a photo of a {}." Radford et al. 2021 (arXiv
+    2103.00020), section 3.1.4. `length` is that of the texts the model was trained on: SigLIP reads the padding too."""
+    if missing := [template for template in templates if "{}" not in template] or [] if templates else ["none"]:
+        raise ValueError(f"templates hold {{}}, where the name of a class is to stand; {missing[0]!r} does not")
+    rows = [tokenizer.row(template.format(name), length=length) for name in classes for template in templates]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    found_BD = _embedding(model.apply(params, logits=False, **batch))
+    mean_CD = found_BD.reshape(len(classes), len(templates), -1).mean(1)
+    return mean_CD / jnp.linalg.norm(mean_CD, axis=-1, keepdims=True)
+
+
+def nearest(model: Model, class_CD: jax.Array, *, scale: float = 100.0) -> LossFn:
+    """`classification` of images, or of texts, by the nearest of the classes that `zero_shot` made: for `train.eval_step`."""
+    near = lambda params, **inputs: {"logits": scale * _embedding(model.apply(params, **inputs)) @ class_CD.T}
+    return classification(dataclasses.replace(model, apply=near))
+
+
+def _embedding(out: Mapping[str, Any]) -> Any:
+    name = next((name for name in ("image_embeds", "text_embeds", "sentence_embedding") if name in out), None)
+    if name is None:
+        raise ValueError(f"zero-shot classification needs a model of embeddings; this one gives {', '.join(out)}")
+    return out[name]
 
 
 def preferred(model: Model, *, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0, chunk: int | None = None) -> LossFn:
@@ -202,11 +338,12 @@ def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
 
 class Task(NamedTuple):
     """`loss(model, **options)`; `kinds` of data by the model's input, where it is not the usual one (data.KINDS); the `head` that the model gets
-    where the recipe names none."""
+    where the recipe names none; `asks(model, batch)`, what `generate` is given to write what `labels` say, where an evaluation may score it."""
 
     loss: Callable[..., LossFn]
     kinds: Mapping[str, data.Kind] = {}
     head: str | None = None
+    asks: Callable[[Model, Any], dict[str, Any]] | None = None
 
 
 SCORES = "sequence_classification"
@@ -216,7 +353,15 @@ TASKS = {
     "classification": Task(classification, {"input_ids": data.reading(data.labelled, data.labelled_shapes)}, SCORES),
     "multi_label": Task(multi_label, {"input_ids": data.reading(data.many_labelled, data.many_labelled_shapes)}, SCORES),
     "regression": Task(regression, {"input_ids": data.reading(data.scored, data.scored_shapes, classes=1)}, SCORES),
+    "token_classification": Task(
+        token_classification, {"input_ids": data.reading(data.tagged, data.tagged_shapes, classes=data.find_tags)}, "token_classification"
+    ),
+    "question_answering": Task(question_answering, {"input_ids": data.reading(data.answered, data.answered_shapes)}, "question_answering"),
+    "sentence_embedding": Task(sentence_embedding, {"input_ids": data.reading(data.paired, data.paired_shapes)}, "embedding"),
     "contrastive": Task(contrastive),
+    "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
+    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
+    "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
     "dpo": Task(preferred, {"input_ids": data.reading(pairs, pair_shapes)}),
     "reward": Task(preference.reward, {"input_ids": data.reading(pairs, pair_shapes, classes=1)}, SCORES),
 }

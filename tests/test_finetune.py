@@ -1,15 +1,18 @@
 """Fine-tuning by recipe: published weights, labelled text, a task of one's own, repeated seeds."""
 
+import inspect
 import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
 import bigflax
-from bigflax import data, models, recipes, runs, tasks, train
+from bigflax import data, models, recipes, runs, sharding, tasks, train, trees
 from bigflax.main import main
 from bigflax.metrics import as_floats
 
@@ -85,6 +88,150 @@ def test_it_learns_and_says_so(home, capsys):
     assert "2 classes" in capsys.readouterr().out
     summary = json.loads((home / "learns" / "summary.json").read_text())
     assert summary["eval/accuracy"] >= 0.9 and summary["steps"] == 36  # 0.5 by chance
+
+
+def topic(rng):
+    return {"text": " ".join(rng.choice([*WORDS["animals"], *WORDS["colours"]], rng.integers(1, 16))), "topic": str(rng.choice([*WORDS]))}
+
+
+def talk(rng):
+    """A question of one to a dozen words, and which of them is an animal."""
+    words = [*rng.choice([*WORDS["colours"], "the", "a"], rng.integers(0, 12)), rng.choice(WORDS["animals"])]
+    asked = {"role": "user", "content": " ".join(rng.permutation(words))}
+    return {"messages": [asked, {"role": "assistant", "content": str(words[-1])}]}
+
+
+CHATML = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def names(rng):
+    words = [*rng.choice(["the", "a", "of"], rng.integers(0, 9)), *rng.choice([*WORDS["animals"], *WORDS["colours"]], 2)]
+    tags = ["B-animal" if w in WORDS["animals"] else "B-colour" if w in WORDS["colours"] else "O" for w in words]
+    return {"tokens": [*map(str, words)], "tags": tags}
+
+
+def question(rng):
+    context = " ".join(str(w) for w in rng.choice([*WORDS["animals"], *WORDS["colours"]], rng.integers(4, 20), replace=True))
+    answer = str(rng.choice(context.split()))
+    return {"question": answer, "context": context, "answers": {"text": [answer], "answer_start": [context.index(answer)]}}
+
+
+def pair(rng):
+    one = topic(rng)["text"]
+    return {"anchor": one, "positive": " ".join(reversed(one.split()))}
+
+
+def shouted(rng):
+    one = topic(rng)["text"]
+    return {"source": one, "target": one.split()[0].upper()}
+
+
+def tone(rng):
+    """A twentieth of a second at 8 kHz, high or low."""
+    high = int(rng.integers(2))
+    sound = np.sin(2 * np.pi * (2000 if high else 300) * np.arange(400) / 8000 + rng.uniform(0, 6))
+    return {"audio": {"array": sound.round(3).tolist(), "sampling_rate": 8000}, "text": ["low", "high"][high]}
+
+
+# task -> the model, what the data section says, a record, what an evaluation tells
+KINDS = {
+    "classification": (dict(name="bert", hidden_dropout_prob=0.0), dict(length=64, label="topic"), topic, {"accuracy", "macro_f1"}),
+    "token_classification": (dict(name="bert"), dict(length=64), names, {"accuracy", "span_f1"}),
+    "question_answering": (dict(name="bert", max_position_embeddings=128), dict(length=72, stride=8), question, {"exact_match", "f1"}),
+    "sentence_embedding": (dict(name="bert"), dict(length=64), pair, {"accuracy"}),
+    "seq2seq": (dict(name="t5"), dict(length=64, target_length=16), shouted, {"accuracy"}),
+    "speech": (dict(name="whisper"), dict(seconds=1.0, target_length=8), tone, {"accuracy"}),
+    "chat": (dict(name="llama"), dict(length=64, template=CHATML), talk, {"accuracy"}),
+}  # fmt: skip
+
+
+def opened(task, home, **sections):
+    """The run of a kind on records of its own, on two devices, and its first batch."""
+    if task == "chat":
+        pytest.importorskip("jinja2", reason="jinja2 (extra chat) is not installed")
+    model, section, record, _ = KINDS[task]
+    rng = np.random.default_rng(0)
+    (home / "rows.jsonl").write_text("".join(json.dumps(record(rng)) + "\n" for _ in range(400)))
+    said = dict(
+        model=dict(size="tiny", **model), task=dict(name=task), tokenizer=dict(kind="bytes"), optimizer=dict(lr=1e-3), fit=dict(steps=5),
+        data=dict(source=dict(kind="jsonl", path=str(home / "rows.jsonl")), batch_size=32, **section),
+    )  # fmt: skip
+    run = runs.Run(recipes.resolve(ConfigDict(said | sections)))
+    run.mesh = sharding.make_mesh(data=2, devices=jax.devices()[:2])
+    with run.loader("train") as loader:
+        return run, next(loader), loader.spec
+
+
+QUICK = ("token_classification", "seq2seq", "chat")
+
+
+@pytest.mark.parametrize("task", [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in KINDS])
+def test_every_kind_of_record_is_learned(task, tmp_path):
+    """From a recipe to the first steps: the batch is what was known without a source, and five steps on it lower its loss."""
+    run, batch, spec = opened(task, tmp_path)
+    shapes = run.kind.shapes(**{name: run.config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
+    assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {name: (x.shape, x.dtype) for name, x in spec.items()}
+
+    def loss(params):
+        loss, metrics = run.loss_fn(params, batch)
+        return loss.value, metrics
+
+    @jax.jit
+    def step(params):
+        (loss_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda w, g: w - 1e-3 * jnp.sign(g), params, grads), loss_, metrics
+
+    params, seen = jax.jit(run.model.init)(jax.random.key(0)), []
+    for _ in range(5):
+        params, value, metrics = step(params)
+        seen.append(float(value))
+    assert seen[-1] < seen[0] and {*metrics} == KINDS[task][-1]
+    assert all(0 <= float(sums.value) <= 1 for sums in metrics.values())
+
+
+def test_what_is_written_is_scored(tmp_path, monkeypatch):
+    """The first records of the validation split, once each and without a batch's padding, beside what their labels say."""
+    record = lambda rng: {"source": "abc" * 5, "target": " ".join(rng.choice(WORDS["animals"], 2))}
+    monkeypatch.setitem(KINDS, "seq2seq", (dict(name="t5"), dict(length=16, target_length=12, validation_fraction=0.1), record, {}))
+    monkeypatch.setattr(runs, "scored", lambda names, said, true: {name: (said, true) for name in names})
+    run, *_ = opened("seq2seq", tmp_path, generate=dict(scores=("wer",), records=50, max_new_tokens=8))
+    params = jax.jit(run.model.init)(jax.random.key(0))
+    said, true = run.scores(params)["wer"]
+    there = [json.loads(line)["target"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(said) == len(true) and 20 < len(true) < 50 and len(true) % 32
+    assert sorted(true) == sorted(there[i] for i in range(400) if run.records("validation")[0].chosen(i))
+    assert {*run.evaluator()(train.init_state(run.model.init, run.tx, mesh=run.mesh, axes=run.model.axes))} >= {"loss", "accuracy", "wer"}
+
+
+@pytest.mark.slow
+def test_a_run_watches_what_is_written_and_a_chat_is_answered(tmp_path, one_device, capsys):
+    sections = dict(
+        generate=dict(scores=("wer", "exact_match"), records=8, max_new_tokens=8), watch=dict(metric="wer"), fit=dict(steps=2, eval_every=1)
+    )
+    run, *_ = opened("seq2seq", tmp_path, work=str(tmp_path / "work"), **sections)
+    assert runs.train_run(run.config) == 0
+    summary = json.loads((tmp_path / "work" / "summary.json").read_text())
+    assert summary["eval/wer"] > 0.5 and 0 <= summary["eval/exact_match"] <= 1 and summary["sample"] is None
+    run, *_ = opened("chat", tmp_path, sample=dict(prompt="which animal", max_new_tokens=5))
+    assert run.tokenizer.decode(run.prompt()[0], skip_special=False) == "<user>which animal<|endoftext|><assistant>"
+    assert run.sample(jax.jit(run.model.init)(jax.random.key(0))).startswith("which animal\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "chat"])
+def test_accumulating_records_is_the_large_batch(task, tmp_path):
+    """4 x 8 records of very different lengths have the gradient of 1 x 32."""
+    run, batch, _ = opened(task, tmp_path)
+    tx, found = optax.sgd(1.0), {}
+    for parts in (1, 4):
+        state = train.init_state(run.model.init, tx, mesh=run.mesh, axes=run.model.axes)
+        before = jax.device_get(state.params)
+        state, metrics = train.train_step(run.loss_fn, tx, state, accumulate=parts)(state, batch)
+        found[parts] = jax.tree.map(np.subtract, before, jax.device_get(state.params)), float(metrics["loss"].value)
+    assert found[4][1] == pytest.approx(found[1][1], rel=1e-6)
+    for (name, a), (_, b) in zip(trees.named_leaves(found[1][0]), trees.named_leaves(found[4][0]), strict=True):
+        # the difference of float32 weights of size one carries their rounding: 2^-24 each
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(a).max() + 2**-23, err_msg=name)
 
 
 OWN = """

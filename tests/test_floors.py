@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "trees weights losses chips flops hlo topology checksum stored yardsticks",
-    "ops sharding pipeline hosts xla optim metrics writers curves",
+    "ops sharding pipeline hosts xla optim metrics scores writers curves",
     "nn data checkpoint peft compress",
     "models hub parity train tasks generate explain export planner adversarial preference adapters",
     "main recipes runs plans",
@@ -24,6 +24,9 @@ HOMES = {  # dependency -> where it may be imported
     "absl": ("bigflax/main.py", "configs/", "bigflax/data/"),  # data: grain's worker processes want their flags parsed
     "ml_collections": ("bigflax/main.py", "bigflax/recipes.py", "bigflax/runs.py", "configs/"),
     "transformers": ("bigflax/parity.py",),
+    "jinja2": ("bigflax/data/",),
+    "sacrebleu": ("bigflax/scores.py",),
+    "rouge_score": ("bigflax/scores.py",),
     "tensorflow": (),
     "torch": ("bigflax/parity.py",),
 }

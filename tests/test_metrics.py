@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from bigflax import make_mesh, sharding, train
-from bigflax.metrics import F1, Correlation, Matthews, Mean, Meter, Sums, as_floats, combine, memory_bytes
+from bigflax.metrics import F1, Correlation, Matthews, Mean, Meter, Sums, as_floats, combine, memory_bytes, span_f1
 
 VALUES = np.random.default_rng(0).normal(size=24).astype(np.float32)
 WEIGHTS = np.r_[np.zeros(7), np.ones(10), np.full(7, 0.5)].astype(np.float32)
@@ -36,11 +36,38 @@ def matthews_by_hand():
     return cov(said, true) / np.sqrt(cov(said, said) * cov(true, true))
 
 
+BIO = ("O", "B-who", "I-who", "B-where", "I-where")
+TAGS = np.random.default_rng(4).integers(0, 5, (2, 24, 12))
+TAGS[0] = np.where(np.random.default_rng(5).random((24, 12)) < 0.8, TAGS[1], TAGS[0])
+TAGS[1][np.random.default_rng(6).random((24, 12)) < 0.3] = -100  # pieces of words and marks, here and there
+TAGS[1][3] = -100
+
+
+def spans_of(tags):
+    """{(begin, end, name)}, by going through the words."""
+    found, begin, name = set(), None, None
+    for i, tag in enumerate([*(BIO[t] for t in tags), "O"]):
+        if begin is not None and not (tag[0] == "I" and tag[2:] == name):
+            found.add((begin, i, name))
+            begin = None
+        if tag != "O" and begin is None:
+            begin, name = i, tag[2:]
+    return found
+
+
+def span_f1_by_hand():
+    pairs = [(spans_of(said[true != -100]), spans_of(true[true != -100])) for said, true in zip(*TAGS, strict=True)]
+    hit, said, true = (sum(map(len, part)) for part in zip(*((a & b, a, b) for a, b in pairs), strict=True))
+    assert 0 < hit < said and hit < true
+    return 2 * hit / (said + true)
+
+
 # name -> of rows, the rows, the value by its definition over all of them in float64
 SUMS = {
     "mean": (Mean.of, (VALUES, WEIGHTS), (VALUES.astype(float) * WEIGHTS).sum() / WEIGHTS.sum()),
     "macro f1": (lambda p, t: F1.of(p, t, 5), (CLASSES[0], LABELS), f1_by_hand("macro")),
     "micro f1": (lambda p, t, m: F1.of(p, t, 5, m, average="micro"), (CLASSES[0], CLASSES[1], REAL), f1_by_hand("micro")),
+    "span f1": (lambda p, t: span_f1(p, t, BIO), (TAGS[0], TAGS[1]), span_f1_by_hand()),
     "matthews": (lambda p, t: Matthews.of(p, t, 5), (CLASSES[0], LABELS), matthews_by_hand()),
     "correlation": (Correlation.of, (X, Y, REAL), np.corrcoef(X[REAL], Y[REAL])[0, 1]),
 }
@@ -48,9 +75,9 @@ SPLITS = {  # how 24 rows reach the sum: parts of unequal counts, some of them e
     "whole": lambda of, rows: of(*rows),
     "added": lambda of, rows: sum_of(of(*(r[s] for r in rows)) for s in (slice(0, 5), slice(5, 8), slice(8, 24))),
     "combined on the host": lambda of, rows: combine([{"m": of(*(r[i : i + 4] for r in rows))} for i in range(0, 24, 4)])["m"],
-    "scanned": lambda of, rows: scanned(of, [r.reshape(4, 6) for r in rows]),
+    "scanned": lambda of, rows: scanned(of, [r.reshape(4, 6, *r.shape[1:]) for r in rows]),
     "sharded": lambda of, rows: jax.jit(of)(*(jax.device_put(r, sharded()) for r in rows)),
-    "vmapped": lambda of, rows: jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(of)(*(r.reshape(4, 6) for r in rows))),
+    "vmapped": lambda of, rows: jax.tree.map(lambda x: jnp.sum(x, 0), jax.vmap(of)(*(r.reshape(4, 6, *r.shape[1:]) for r in rows))),
     "accumulated": lambda of, rows: stepped(of, rows, trains=True),
     "evaluated": lambda of, rows: stepped(of, rows, trains=False),
 }
@@ -97,7 +124,7 @@ def test_sums_do_not_depend_on_the_split(kind, split):
 @pytest.mark.parametrize("kind", SUMS)
 def test_nothing_counted_is_nan(kind):
     of, rows, _ = SUMS[kind]
-    none = of(*(jnp.full_like(r, -100 if kind in ("macro f1", "matthews") else 0) for r in map(jnp.asarray, rows)))
+    none = of(*(jnp.full_like(r, -100 if kind in ("macro f1", "matthews", "span f1") else 0) for r in map(jnp.asarray, rows)))
     assert math.isnan(none.value) and math.isnan(as_floats({"m": none})["m"])
 
 

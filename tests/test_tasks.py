@@ -1,12 +1,14 @@
 """What a task counts, and that its loss is the cross-entropy of the logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from bigflax import make_mesh, models, nn, optim, sharding, tasks, train, trees, weights
+from bigflax import data, make_mesh, models, nn, ops, optim, sharding, tasks, train, trees, weights
 
 # Five tokens and a head that is the identity, so that x is the logits: two rows, of which three positions have a label.
 LOGITS = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32) * 3
@@ -147,6 +149,106 @@ def test_contrastive(bias):
     assert sum(found[:5]) == 4 and sum(found[5:]) == 1 and float(metrics["accuracy"].value) == pytest.approx(np.mean(found))
 
 
+def test_token_classification_counts_the_tokens_with_a_label():
+    logits, classes = np.concatenate([LOGITS, LOGITS[..., :1]], -1)[..., :5], ("O", "B-a", "I-a", "B-b", "I-b")
+    batch = {"input_ids": LABELS, "labels": jnp.asarray(LABELS)}
+    loss, metrics = tasks.create("token_classification", GIVES(logits=jnp.asarray(logits)), classes=classes)({}, batch)
+    nll, correct = by_hand()
+    assert (float(loss.value), float(metrics["accuracy"].value)) == pytest.approx((nll.mean(), correct.mean()), rel=1e-6)
+    assert {*metrics} == {"accuracy", "span_f1"} and int(metrics["span_f1"].true) == 2
+    for others in (None, ("NOUN", "VERB", "B-x", "O", "I-x")):
+        assert {*tasks.token_classification(GIVES(logits=jnp.asarray(logits)), classes=others)({}, batch)[1]} == {"accuracy"}
+
+
+def test_question_answering():
+    """Rows with an answer, without, and of padding; the likeliest span by going through all of them."""
+    rng, N = np.random.default_rng(0), 24
+    start, end = rng.normal(size=(2, N, 9)).astype(np.float32) * 3
+    mask = np.arange(9) < rng.integers(4, 10, N)[:, None]
+    labels = np.sort(rng.integers(0, 4, (N, 2)), axis=1)
+    labels[0], labels[-1] = 0, -100
+    model = GIVES(start_logits=jnp.asarray(start), end_logits=jnp.asarray(end))
+    batch = {"input_ids": mask, "attention_mask": jnp.asarray(mask, jnp.int32), "labels": jnp.asarray(labels)}
+    for longest in (1, 3, 30):
+        loss, metrics = tasks.create("question_answering", model, longest=longest)({}, batch)
+        losses, exact, f1 = [], [], []
+        for s, e, real, (a, b) in zip(start[:-1].astype(float), end[:-1].astype(float), mask, labels, strict=False):
+            n = real.sum()
+            losses.append(np.mean([np.log(np.exp(x[:n]).sum()) - x[y] for x, y in ((s, a), (e, b))]))
+            spans = [(i, j) for i in range(n) for j in range(i, min(n, i + longest))]
+            i, j = max(spans, key=lambda span: s[span[0]] + e[span[1]])
+            said, true = {*range(i, j + 1)}, {*range(a, b + 1)}
+            exact.append(said == true)
+            f1.append(2 * len(said & true) / (len(said) + len(true)))
+        assert float(loss.value) == pytest.approx(np.mean(losses), rel=1e-5) and int(loss.count) == N - 1
+        got = float(metrics["exact_match"].value), float(metrics["f1"].value)
+        assert got == pytest.approx((np.mean(exact), np.mean(f1)), rel=1e-6)
+    sure = GIVES(start_logits=100.0 * jax.nn.one_hot(labels[:, 0], 9), end_logits=100.0 * jax.nn.one_hot(labels[:, 1], 9))
+    assert all(float(metric.value) == 1 for metric in tasks.question_answering(sure)({}, batch)[1].values())
+
+
+@pytest.mark.parametrize("texts", [2, 3])
+def test_sentence_embedding(texts):
+    """The first of each row is found among the second (and third) ones of all rows but padding, and the second among the first."""
+    rng = np.random.default_rng(0)
+    units = rng.normal(size=(6, texts, 4))
+    units[:, 1] += units[:, 0]
+    units /= np.linalg.norm(units, axis=-1, keepdims=True)
+    model = GIVES(sentence_embedding=jnp.asarray(units.reshape(6 * texts, 4), jnp.float32))
+    mask = np.ones((6, texts, 3), int)
+    mask[5] = 0
+    batch = {"input_ids": jnp.asarray(mask), "attention_mask": jnp.asarray(mask)}
+    loss, metrics = tasks.create("sentence_embedding", model, temperature=0.5)({}, batch)
+    first, other = units[:5, 0], np.concatenate([units[:5, k] for k in range(1, texts)])
+    z = first @ other.T / 0.5
+    nll = lambda z: np.array([np.log(np.exp(z[i]).sum()) - z[i, i] for i in range(5)])
+    assert float(loss.value) == pytest.approx(((nll(z) + nll(z[:, :5].T)) / 2).mean(), rel=1e-5)
+    assert float(metrics["accuracy"].value) == pytest.approx(np.mean(z.argmax(1) == np.arange(5))) and int(loss.count) == 5
+
+
+def test_an_encoder_decoder_is_given_what_it_wrote_before():
+    """Decoder inputs begin with the model's start token and follow the labels, padding where there are none; the loss is that of tokens."""
+    seen = {}
+    model = models.create("t5", size="tiny", decoder_start_token_id=3, pad_token_id=2)
+    model = dataclasses.replace(
+        model, apply=lambda params, **inputs: seen.update(inputs) or {"head": {"x_BTD": LOGITS, "w_VD": jnp.eye(5)}}
+    )
+    batch = {"input_ids": jnp.ones((2, 6), int), "attention_mask": jnp.ones((2, 6), int), "labels": jnp.asarray(LABELS)}
+    loss, metrics = tasks.create("seq2seq", model)({}, batch)
+    np.testing.assert_array_equal(seen.pop("decoder_input_ids"), [[3, 1, 4, 2], [3, 2, 2, 2]])
+    assert float(loss.value) == pytest.approx(by_hand()[0].mean(), rel=1e-6) and {*metrics} == {"accuracy"}
+    assert tasks.find("seq2seq").asks(model, batch).keys() == {"input_ids", "attention_mask"} == seen.keys() - {"rng", "logits"}
+
+
+def test_speech_is_heard_as_a_spectrogram():
+    seen = {}
+    model = models.create("whisper", size="tiny")
+    model = dataclasses.replace(
+        model, apply=lambda params, **inputs: seen.update(inputs) or {"head": {"x_BTD": LOGITS, "w_VD": jnp.eye(5)}}
+    )
+    batch = {"waveform": jnp.asarray(np.random.default_rng(0).normal(size=(2, 3200)), jnp.float32), "labels": jnp.asarray(LABELS)}
+    loss, _ = tasks.create("speech", model)({}, batch)
+    np.testing.assert_array_equal(seen["input_features"], ops.log_mel(batch["waveform"], 16, seconds=0.2))
+    assert float(loss.value) == pytest.approx(by_hand()[0].mean(), rel=1e-6) and "waveform" not in seen
+
+
+def test_zero_shot():
+    """A class is the mean of its prompts, scaled to length 1; a row belongs to the nearest."""
+    tokenizer = data.byte_tokenizer()
+    letters = lambda params, *, rng=None, logits=True, input_ids, **_: {"text_embeds": jax.nn.one_hot(input_ids[:, 0] - 97, 4)}
+    model = nn.Model(lambda rng: {}, letters, {})
+    class_CD = tasks.zero_shot(model, {}, tokenizer, ["a", "b"], ["{}", "c {}", "d {}."], length=4)
+    np.testing.assert_allclose(class_CD, np.array([[1, 0, 1, 1], [0, 1, 1, 1]]) / np.sqrt(3), rtol=1e-6)
+    images = nn.Model(lambda rng: {}, lambda params, *, rng=None, pixel_values: {"image_embeds": pixel_values}, {})
+    rows = jnp.array([[1, 0.1, 0, 0], [0.1, 1, 0, 0], [1, 0.2, 0, 0]])
+    found = train.eval_step(tasks.nearest(images, class_CD))({}, {"pixel_values": rows, "labels": jnp.array([0, 1, 1])})
+    assert float(found["accuracy"].value) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"templates hold {}, where the name of a class is to stand; 'a photo' does not"):
+        tasks.zero_shot(model, {}, tokenizer, ["a"], ["{}", "a photo"], length=4)
+    with pytest.raises(ValueError, match="zero-shot classification needs a model of embeddings; this one gives logits"):
+        tasks.nearest(GIVES(logits=ROWS), class_CD)({}, {"labels": jnp.array([0])})
+
+
 @pytest.mark.parametrize(
     "task, outputs, message",
     [
@@ -156,12 +258,17 @@ def test_contrastive(bias):
             r"needs a model with a head for it, logits \[B, C\]; this one gives last_hidden_state",
         ),
         ("classification", {"logits": LOGITS}, r"logits \[B, C\]; this one gives logits"),  # of tokens
+        ("token_classification", {"logits": ROWS}, r"logits \[B, T, C\]; this one gives logits"),  # of rows
+        ("question_answering", {"logits": ROWS}, "question answering needs start_logits and end_logits; this model gives logits"),
+        ("sentence_embedding", {"pooler_output": 0}, "need a model with the head 'embedding'; this one gives pooler_output"),
+        ("seq2seq", {"logits": LOGITS}, "seq2seq needs an encoder-decoder, a family such as t5"),
         ("contrastive", {"text_embeds": 0}, "needs text_embeds and image_embeds; the model gives text_embeds, asked for pixel_values"),
     ],
 )
 def test_models_of_another_kind(task, outputs, message):
+    ids = {"input_ids": np.ones((5, 2, 3))} if task == "sentence_embedding" else {"labels": 0} if task != "contrastive" else {}
     with pytest.raises(ValueError, match=message):
-        tasks.create(task, GIVES(**outputs))({}, {"pixel_values": 0, **({"labels": 0} if task == "classification" else {})})
+        tasks.create(task, GIVES(**outputs))({}, {"pixel_values": np.zeros((5, 2, 3)), **ids})
 
 
 def test_a_vision_model_learns_its_classes_and_a_pair_of_towers_its_pairs():

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bigflax.data.dialogues import asked, chat, chat_shapes
     from bigflax.data.examples import (
         example_batches,
         find_classes,
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
         labelled_shapes,
         many_labelled,
         many_labelled_shapes,
+        paired,
+        paired_shapes,
         scored,
         scored_shapes,
+        translated,
+        translated_shapes,
     )
     from bigflax.data.images import count_classes, image_batches, image_shapes
     from bigflax.data.kinds import KINDS, Kind, reading
@@ -22,10 +27,13 @@ if TYPE_CHECKING:
     from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
     from bigflax.data.pixels import NORMALIZED, channels_first
     from bigflax.data.quality import BadRecord, Quality
+    from bigflax.data.sound import transcribed, transcribed_shapes
     from bigflax.data.sources import SOURCES, Source, open_source
+    from bigflax.data.spans import answered, answered_shapes, find_tags, tagged, tagged_shapes
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
+    "dialogues": ("asked", "chat", "chat_shapes"),
     "examples": (
         "example_batches",
         "find_classes",
@@ -33,8 +41,12 @@ _HOMES = {
         "labelled_shapes",
         "many_labelled",
         "many_labelled_shapes",
+        "paired",
+        "paired_shapes",
         "scored",
         "scored_shapes",
+        "translated",
+        "translated_shapes",
     ),
     "images": ("count_classes", "image_batches", "image_shapes"),
     "kinds": ("KINDS", "Kind", "reading"),
@@ -42,17 +54,29 @@ _HOMES = {
     "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
     "pixels": ("NORMALIZED", "channels_first"),
     "quality": ("BadRecord", "Quality"),
+    "sound": (
+        "transcribed",
+        "transcribed_shapes",
+    ),
     "sources": ("SOURCES", "Source", "open_source"),
+    "spans": (
+        "answered",
+        "answered_shapes",
+        "find_tags",
+        "tagged",
+        "tagged_shapes",
+    ),
     "text": ("Tokenizer", "byte_tokenizer", "load_tokenizer", "train_bpe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
-    "Tokenizer", "byte_tokenizer", "channels_first", "count_classes", "example_batches", "find_classes", "image_batches",
-    "image_shapes", "in_split", "labelled", "labelled_shapes", "load_tokenizer", "many_labelled", "many_labelled_shapes",
-    "open_source", "reading", "record_batches", "sample_texts", "scored", "scored_shapes", "text_batches", "text_shapes", "train_bpe",
-    "virtual_shards",
+    "Tokenizer", "answered", "answered_shapes", "asked", "byte_tokenizer", "channels_first", "chat", "chat_shapes", "count_classes",
+    "example_batches", "find_classes", "find_tags", "image_batches", "image_shapes", "in_split", "labelled", "labelled_shapes",
+    "load_tokenizer", "many_labelled", "many_labelled_shapes", "open_source", "paired", "paired_shapes", "reading", "record_batches",
+    "sample_texts", "scored", "scored_shapes", "tagged", "tagged_shapes", "text_batches", "text_shapes", "train_bpe", "transcribed",
+    "transcribed_shapes", "translated", "translated_shapes", "virtual_shards",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from bigflax.data.augment import Said, create
 from bigflax.data.loader import Loader
-from bigflax.data.packing import Example
+from bigflax.data.packing import IGNORED, Example, document, pack
 from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
 from bigflax.data.quality import Quality
 from bigflax.data.sources import Record, Source
@@ -84,24 +84,71 @@ def scored(tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str |
     return reader
 
 
+def paired(tokenizer: Tokenizer, *, length: int, text: str = "anchor", positive: str = "positive", negative: str | None = None) -> Read:
+    """Two texts that belong together, and a third that does not where `negative` names its field: input_ids, attention_mask [2 or 3, T]."""
+    names = (text, positive, *(() if negative is None else (negative,)))
+
+    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        rows = [tokenizer.row(text_of(record, name), length=length) for name in names]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    return reader
+
+
+def translated(
+    tokenizer: Tokenizer, *, length: int, target_length: int, text: str = "source", target: str = "target", prefix: str = ""
+) -> Read:
+    """A text, behind a `prefix`, and the one that is to be written for it: input_ids, attention_mask [T]; labels [target_length], with the marks of
+    the tokenizer's own and one at the end in any case."""
+
+    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        row = tokenizer.row(prefix + text_of(record, text), length=length)
+        return {**row, "labels": to_write(tokenizer, text_of(record, target), target_length)}
+
+    return reader
+
+
+def to_write(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
+    """int32 [length]: a text as a decoder is to write it, its end too; then -100."""
+    row, labels = tokenizer.row(text, length=length), np.full(length, IGNORED, np.int32)
+    ids = row["input_ids"][row["attention_mask"] > 0]
+    *_, end = document((), tokenizer.bos_id, tokenizer.eos_id)
+    if ids[-1] != end:
+        ids = np.append(ids[: length - 1], end)
+    labels[: len(ids)] = ids
+    return labels
+
+
 def labelled_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
     """Shapes and dtypes of a batch of `labelled`, known without a source."""
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
 
 
 def many_labelled_shapes(*, length: int, batch_size: int, pair: str | None = None, classes: Sequence[str] | None = None) -> Shapes:
     """Those of `many_labelled`, whose classes must be named."""
     if classes is None:
         raise ValueError("without data the classes are not known; name them: data.classes")
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size, len(classes)), np.float32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size, len(classes)), np.float32)}
 
 
 def scored_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:
     """Those of `scored`."""
-    return _rows(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.float32)}
+    return row_shapes(length, batch_size, pair) | {"labels": jax.ShapeDtypeStruct((batch_size,), np.float32)}
 
 
-def _rows(length: int, batch_size: int, pair: str | None) -> Shapes:
+def paired_shapes(*, length: int, batch_size: int, negative: str | None = None) -> Shapes:
+    """Those of `paired`."""
+    many = 2 if negative is None else 3
+    return {name: jax.ShapeDtypeStruct((batch_size, many, length), np.int32) for name in row_shapes(length, batch_size)}
+
+
+def translated_shapes(*, length: int, target_length: int, batch_size: int) -> Shapes:
+    """Those of `translated`."""
+    return row_shapes(length, batch_size) | {"labels": jax.ShapeDtypeStruct((batch_size, target_length), np.int32)}
+
+
+def row_shapes(length: int, batch_size: int, pair: str | None = None) -> Shapes:
+    """Those of `Tokenizer.row`."""
     names = ("input_ids", "attention_mask", *(("token_type_ids",) if pair else ()))
     return {name: jax.ShapeDtypeStruct((batch_size, length), np.int32) for name in names}
 
@@ -177,7 +224,8 @@ def find_classes(sources: Iterable[Source], name: str, said: Sequence[str] | Non
 
 @dataclasses.dataclass
 class Examples:
-    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from."""
+    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from. `packed`: rows of that length, of which
+    `bins` are open at a time, are packed of it (packing.py)."""
 
     records: Records
     read: Read
@@ -186,6 +234,8 @@ class Examples:
     repeat: bool | int = True
     shuffle: bool = True
     read_threads: int = 0
+    packed: int | None = None
+    bins: int = 8
 
     def element(self, at: dict[str, int]) -> Example | None:
         record = self.records(at["index"])
@@ -198,7 +248,8 @@ class Examples:
 
     def __call__(self, shard: int, shards: int) -> grain.IterDataset:
         at = positions(self.records, shard, shards, seed=self.seed, repeat=self.repeat, shuffle=self.shuffle)
-        return read(at, self.element, read_threads=self.read_threads)
+        found = read(at, self.element, read_threads=self.read_threads)
+        return found if self.packed is None else pack(found, self.packed, bins=self.bins, seed=sub_seed(self.seed, "bins", shard))
 
 
 def example_batches(
@@ -215,19 +266,25 @@ def example_batches(
     quality: Quality | None = None,
     identity: Mapping[str, Any] | None = None,
     read_threads: int = 0,
+    packed: int | None = None,
+    bins: int = 8,
     **loader,
 ) -> Loader:
-    """Batches of what `read` makes of the records. `identity`: what else decides about the rows, as JSON keeps it. Options as for `text_batches`."""
+    """Batches of what `read` makes of the records. `identity`: what else decides about the rows, as JSON keeps it. Options as for `text_batches`.
+
+    `packed`: what it makes are pairs (input id, label), which are packed into rows of this length, as packing.py says.
+    """
     quality = quality or Quality(field=None)
     weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
     parts: list[MakeShard] = [
         Examples(
             Records(one, quality, split, validation_fraction, split_by), read, split == "train", sub_seed(seed, "source", k), repeat,
-            read_threads=read_threads,
+            read_threads=read_threads, packed=packed, bins=bins,
         )
         for k, (one, _) in enumerate(weighted)
     ]  # fmt: skip
     weights = [float(weight) for _, weight in weighted]
     make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
     stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "seed": seed, "repeat": repeat}
+    stream |= {} if packed is None else {"packed": packed, "bins": bins}
     return make_loader(make, batch_size, mesh, quality, repeat, {**stream, **(identity or {})}, loader)

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bigflax.data.examples import example_batches, find_classes
 from bigflax.data.images import count_classes, image_batches, image_shapes
 from bigflax.data.loader import Loader
 from bigflax.data.pipeline import text_batches, text_shapes
+from bigflax.data.text import Tokenizer
 
 
 class Kind(NamedTuple):
@@ -18,8 +20,8 @@ class Kind(NamedTuple):
     `batches(sources, ..., split, seed, repeat, mesh, quality)`: its other parameters are the keys of a recipe's data section, with those of the
     `reader`, which gives the function that reads a record where `batches` takes one (examples.py). `shapes`, of some of these: those of a batch,
     known without a source. `given`: those that the run fills in. `follows`: fields of the model that follow from the data where the recipe leaves
-    them None. `tokenized`: there is a tokenizer; `prose`: and text to be sampled and measured. `classes(sources, data section)`: their names, or
-    how many there are.
+    them None. `tokenized`: there is a tokenizer; `prose`: and text to be measured. `packed`: a row is no record. `classes(sources, data section)`:
+    their names, or how many there are. `prompt(tokenizer, data section, text)`: the ids that a model of it is to continue, or None.
     """
 
     batches: Callable[..., Loader]
@@ -28,27 +30,32 @@ class Kind(NamedTuple):
     follows: tuple[str, ...]
     tokenized: bool = False
     prose: bool = False
+    packed: bool = False
     classes: Callable[..., Any] | None = None
     reader: Callable[..., Any] | None = None
+    prompt: Callable[..., Any] | None = None
 
 
-def reading(reader: Callable[..., Any], shapes: Callable[..., Any], *, classes: int | None = None) -> Kind:
-    """The kind whose records this reader reads, of texts; yours is made the same way. Where the reader has `classes` they are found in the records;
-    else that many scores are asked of the model."""
-    named = "classes" in inspect.signature(reader).parameters
-    find = (
-        (lambda sources, data: find_classes(sources, data.label, data.classes))
-        if named
-        else None
-        if classes is None
-        else lambda *_: classes
-    )
+def reading(
+    reader: Callable[..., Any], shapes: Callable[..., Any], *, classes: int | Callable[..., Any] | None = None, packed: bool = False,
+    prompt: Callable[..., Any] | None = None,
+) -> Kind:  # fmt: skip
+    """The kind whose records this reader reads, of texts; yours is made the same way. Where the reader has `classes` they are found in the records,
+    by `classes(sources, data section)` if given; else that many scores are asked of the model. `packed`: it makes pairs (example_batches)."""
+    find = classes if callable(classes) else None if classes is None else lambda *_: classes
+    if find is None and "classes" in inspect.signature(reader).parameters:
+        find = lambda sources, data: find_classes(sources, data.label, data.classes)
     follows = ("vocab_size", *(("num_labels",) if find else ()))
-    return Kind(example_batches, shapes, ("read", "identity"), follows, True, classes=find, reader=reader)
+    given = ("read", "identity", "packed", *(() if packed else ("bins",)))
+    return Kind(example_batches, shapes, given, follows, True, packed=packed, classes=find, reader=reader, prompt=prompt)
+
+
+def _begun(tokenizer: Tokenizer, data: Any, text: str) -> np.ndarray | None:
+    return np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.int32) if data.objective == "causal" else None
 
 
 KINDS = {
-    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), True, True),
+    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), True, True, True, prompt=_begun),
     "pixel_values": Kind(
         image_batches, image_shapes, ("classes",), ("num_labels", "image_size", "num_channels"), classes=lambda sources, _: count_classes(sources)
     ),

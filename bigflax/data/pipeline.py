@@ -229,10 +229,21 @@ class Mapped:
 
 
 def sample_texts(records: Records, *, seed: int = 0) -> Iterator[str]:
-    """Texts of good records in shuffled order, once each: what a tokenizer is trained on (of the train split, never the held-out one)."""
-    at = positions(records, 0, 1, seed=seed, repeat=False)
-    field = records.quality.field or "text"
-    return (record[field] for i in range(len(at)) if (where := at[i]) is not None and (record := records(where["index"])) is not None)
+    """Texts of good records in shuffled order, once each: what a tokenizer is trained on (of the train split, never the held-out one). Where no field
+    is named, all that a record holds."""
+    at, field = positions(records, 0, 1, seed=seed, repeat=False), records.quality.field
+    for i in range(len(at)):
+        record = records(where["index"]) if (where := at[i]) is not None else None
+        if record is not None:
+            yield from _texts(record if field is None else record[field])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str | bytes):
+        yield value if isinstance(value, str) else value.decode(errors="replace")
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def text_batches(

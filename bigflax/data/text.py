@@ -2,7 +2,7 @@
 
 All three are a `tokenizers.Tokenizer` (the bytes one is a byte-level BPE without merges), so each is saved as a folder that transformers
 reads too. Byte-level BPE: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2; merges after Sennrich
-et al. 2016, arXiv:1508.07909. Left out on purpose: chat templates (fine-tuning's matter) and slow, pure-Python tokenizers.
+et al. 2016, arXiv:1508.07909. A chat template is carried along; dialogues.py reads it. Left out on purpose: slow, pure-Python tokenizers.
 """
 
 import functools
@@ -30,15 +30,16 @@ class Tokenizer:
     """encode(text) -> int32[n], without special tokens; decode(ids) -> str.
 
     bos_id and eos_id enclose a document ([CLS] and [SEP] of a BERT); each falls back to the other, pad_id to eos_id; mask_id may be None.
+    `template` is the chat template that came with it (dialogues.py), or None.
     """
 
-    def __init__(self, tokenizer, **special: str):
+    def __init__(self, tokenizer, *, template: str | None = None, **special: str):
         unknown = set(special) - set(SPECIAL)
         if unknown:
             raise ValueError(f"unknown role of a special token: {', '.join(sorted(unknown))} (known: {', '.join(SPECIAL)})")
         tokenizer.no_truncation()  # files made for sentence encoders switch both on
         tokenizer.no_padding()
-        self.inner, self._special = tokenizer, special
+        self.inner, self.template, self._special = tokenizer, template, special
         ids = {role: self._find(role) for role in SPECIAL}
         self.bos_id = ids["bos"] if ids["bos"] is not None else ids["eos"]
         self.eos_id = ids["eos"] if ids["eos"] is not None else ids["bos"]
@@ -65,6 +66,11 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def located(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and the characters where each token stands, from and to: int32 [n, 2]."""
+        whole = self.inner.encode(text, add_special_tokens=False)
+        return np.array(whole.ids, np.int32), np.array(whole.offsets, np.int32).reshape(-1, 2)
+
     def batch(self, texts: Sequence[str], *, length: int | None = None, left: bool = False) -> dict[str, np.ndarray]:
         """{"input_ids", "attention_mask"}: int32 [B, T], a row a text, within the special tokens that its model expects ([CLS] ... [SEP]).
 
@@ -89,6 +95,35 @@ class Tokenizer:
         """{"input_ids", "attention_mask"}, and of a pair "token_type_ids": int32 [length], within the special tokens that the model expects, cut
         where it is too long, of a pair the longer text first, and padded on the right. Raises ValueError where `length` leaves no room.
         """
+        return self._padded(self._cut(text, pair, length), length, pair is not None)
+
+    def placed(
+        self, text: str, pair: str | None = None, *, length: int, stride: int | None = None
+    ) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """`row`, and where its tokens stand: int32 [length, 3], in which text (0 or 1; -1: in neither) and the characters there, from and to.
+
+        With a `stride` of tokens the pair is not cut but read in windows, which overlap by that many: a row each, the first text in all of them.
+        """
+        if stride is None:
+            whole = [self._cut(text, pair, length)]
+        else:
+            assert pair is not None
+            first, second = self.inner.encode_batch([text, pair], add_special_tokens=False)
+            room = length - self.inner.num_special_tokens_to_add(True) - len(first.ids)
+            if room <= stride:
+                raise ValueError(
+                    f"a length of {length} tokens leaves {max(room, 0)} beside a text of {len(first.ids)}: windows that overlap by {stride} take more"
+                )
+            second.truncate(room, stride=stride)
+            whole = [self.inner.post_process(first, window) for window in (second, *second.overflowing)]
+        rows = []
+        for one in whole:
+            at = np.full((length, 3), (-1, 0, 0), np.int32)
+            at[: len(one.ids)] = [(-1 if k is None else k, *span) for k, span in zip(one.sequence_ids, one.offsets, strict=True)]
+            rows.append((self._padded(one, length, pair is not None), at))
+        return rows
+
+    def _cut(self, text: str, pair: str | None, length: int):
         parts = self.inner.encode_batch([text] if pair is None else [text, pair], add_special_tokens=False)
         room = length - self.inner.num_special_tokens_to_add(pair is not None)
         if room < len(parts):
@@ -98,12 +133,11 @@ class Tokenizer:
         parts[0].truncate(max(room - sum(len(part.ids) for part in parts[1:]), (room + 1) // 2 if parts[1:] else room))
         for part in parts[1:]:
             part.truncate(room - len(parts[0].ids))
-        whole, out = self.inner.post_process(*parts), {}
-        found = {
-            "input_ids": whole.ids,
-            "attention_mask": [1] * len(whole.ids),
-            **({} if pair is None else {"token_type_ids": whole.type_ids}),
-        }
+        return self.inner.post_process(*parts)
+
+    def _padded(self, whole, length: int, typed: bool) -> dict[str, np.ndarray]:
+        found = {"input_ids": whole.ids, "attention_mask": [1] * len(whole.ids), **({"token_type_ids": whole.type_ids} if typed else {})}
+        out = {}
         for name, values in found.items():
             out[name] = np.full(length, self.pad_id if name == "input_ids" else 0, np.int32)
             out[name][: len(values)] = values
@@ -150,17 +184,19 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides how text becomes ids."""
-        content = json.loads(self.inner.to_str()), [self.bos_id, self.eos_id, self.pad_id, self.mask_id]
+        content = [json.loads(self.inner.to_str()), [self.bos_id, self.eos_id, self.pad_id, self.mask_id]]
+        content += [] if self.template is None else [self.template]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; `load_tokenizer(folder)` has the same fingerprint."""
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; `load_tokenizer(folder)` has the same fingerprint."""
         folder = epath.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id, "mask_token": self.mask_id}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: self.inner.id_to_token(i) for k, i in ids.items() if i is not None}}
         # tokenizer.json last and each in one move: a folder that has it is whole, whenever the writer was killed
-        for name, text in {"tokenizer_config.json": json.dumps(config, indent=1), "tokenizer.json": self.inner.to_str(pretty=True)}.items():
+        files = {"tokenizer_config.json": json.dumps(config, indent=1), "tokenizer.json": self.inner.to_str(pretty=True)}
+        for name, text in {**({} if self.template is None else {"chat_template.jinja": self.template}), **files}.items():
             (folder / f"{name}.tmp").write_text(text)
             (folder / f"{name}.tmp").replace(folder / name)
 
@@ -188,8 +224,13 @@ def load_tokenizer(path, **special: str) -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if token and role not in special:
             special[role] = token
+    chat, template = file.parent / "chat_template.jinja", named.get("chat_template")
+    if chat.exists():  # which is newer than the key of the config
+        template = chat.read_text()
+    elif isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
     try:
-        return Tokenizer(Inner.from_str(file.read_text()), **special)
+        return Tokenizer(Inner.from_str(file.read_text()), template=template, **special)
     except Exception as error:  # the Rust library raises bare Exception
         if isinstance(error, ValueError):
             raise

@@ -32,6 +32,22 @@ def test_a_row_is_the_text_and_its_label(name):
     assert ("token_type_ids" in row) == ("other" in record)
 
 
+def test_texts_that_belong_together_are_rows_of_one():
+    record = {"anchor": "ab", "positive": "c", "negative": "defg"}
+    two, three = (data.paired(BYTES, length=3, negative=negative)(record, None) for negative in (None, "negative"))
+    np.testing.assert_array_equal(three["input_ids"], [[97, 98, BYTES.pad_id], [99, BYTES.pad_id, BYTES.pad_id], [*b"def"]])
+    np.testing.assert_array_equal(three["attention_mask"], [[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    for name in two:
+        np.testing.assert_array_equal(two[name], three[name][:2])
+
+
+@pytest.mark.parametrize("target, want", [("de", [*b"de", "end", -100]), ("defgh", [*b"def", "end"])])
+def test_what_is_to_be_written_ends(target, want):
+    row = data.translated(BYTES, length=5, target_length=4, prefix="to: ")({"source": "abc", "target": target}, None)
+    np.testing.assert_array_equal(row["input_ids"], [*b"to: a"])
+    np.testing.assert_array_equal(row["labels"], [BYTES.eos_id if x == "end" else x for x in want])
+
+
 REFUSED = {
     "no text": ("labelled", {"txt": "a", "label": 0}, "no field 'text', nearest is 'txt'"),
     "no words": ("labelled", {"text": " ", "label": 0}, "field 'text' is empty"),
