@@ -179,7 +179,8 @@ def _modules(model: Model, *, prefixed: bool = False) -> tuple[list[Module], nam
 
 
 def _renamed(name: str, home: Any) -> str:
-    """A name in the file as transformers calls it once it is read, where a family says that it differs."""
+    """A name in the file as transformers calls it once it is read, where a family says that it differs: `MODULES`, pairs of a regex and its
+    replacement; a weight that ends up in no module of its own is named so that it ends on something else than ".weight"."""
     for pattern, new in getattr(home, "MODULES", ()):
         name = re.sub(pattern, new, name)
     return name

@@ -39,7 +39,7 @@ each_family = pytest.mark.parametrize("family", SITES)
 @functools.cache
 def create(family, **more):
     """A model and its weights, drawn by NumPy: nothing is compiled."""
-    words = {} if family == "vit" else {"vocab_size": VOCAB}
+    words = {} if family in ("vit", "siglip") else {"vocab_size": VOCAB}
     head = SITES[family][0] if family in SITES else None
     model = models.create(family, size="tiny", head=head, **words, **more)
     return model, trees.map_named(lambda name, leaf: jnp.asarray(0.1 * draw(name, *leaf.shape)), model.shapes())
@@ -296,6 +296,7 @@ WRITE = {  # family, what is done to its params, the sentence
     "bottlenecks": ("llama", lambda params, axes: peft.adapters(params, axes=axes, rng=KEY), "holds one of LoRA, .*have Adapter"),
     "experts": ("mixtral", lora("blocks/mlp/up"), "PEFT has no LoRA for blocks/mlp/up"),
     "patches": ("vit", lora("embed/patches"), "PEFT has no LoRA for embed/patches"),
+    "a weight without a module": ("siglip", lora("vision/head/attention/out"), "PEFT has no LoRA for vision/head/attention/out"),
     "two upon one another": ("llama", lambda params, axes: lora(".*/q")(lora(".*/q")(params, axes), axes), "an adapter upon another"),
     "a table that is the head": ("gpt2", lora("embed/tokens"), "embed/tokens is the head too"),
     "an IA3 that forgets the bias": ("gpt2", forgetful, "scales the bias of"),

@@ -106,7 +106,7 @@ HEADS = {
     None: ("Dinov2Model", {}),
     "image_classification": ("Dinov2ForImageClassification", layer("classifier", "head/scores")),
 }
-MODULES = (*vit.MODULES[:2], (r"mlp\.weights_in\.weight", "mlp.gate_proj and up_proj"), (r"mlp\.weights_out", "mlp.down_proj"))  # of vit.py
+MODULES = (*vit.MODULES[:2], (r"(mlp\.weights_in\.weight)", r"\1 of no module"), (r"mlp\.weights_out", "mlp.down_proj"))
 BUFFERS = ()
 # the last are of the same weights as a detector's backbone
 IGNORED = ("attention_probs_dropout_prob", "apply_layernorm", "reshape_hidden_states", "stage_names", "_?out_(features|indices)")

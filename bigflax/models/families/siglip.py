@@ -125,6 +125,9 @@ NAMES = {
     "logit_bias": ("logit_bias", "1"),
 }
 HEADS = {None: ("SiglipModel", {})}
+MODULES = (
+    (r"(head\.attention\.out_proj\.weight)", r"\1 of no module"),
+)  # PyTorch's own attention multiplies by it without calling its module
 BUFFERS = clip.BUFFERS
 IGNORED = clip.IGNORED
 FIXED = {"vision_config.vision_use_head": True}
