@@ -35,7 +35,7 @@ def mixed(batch: Mapping[str, Any], rng: jax.Array, *, classes: int, mixup: floa
     before = lambda x: jnp.roll(x, 1, axis=0)
     alone_B = (labels_B == IGNORE) | (before(labels_B) == IGNORE)
 
-    # What of each pixel is its own: one number for mixup; for cutmix 0 in the box, cut where it reaches beyond the image, and 1 outside.
+    # The part of each pixel that is its own: one number for mixup; for cutmix 0 in the box, whatever of it lies in the image, and 1 outside.
     side_B = jnp.sqrt(1 - share_B)
     inside = lambda n, centre_B: jnp.abs(jnp.arange(n) + 0.5 - n * centre_B[:, None]) < n * side_B[:, None] / 2
     y_B, x_B = jax.random.uniform(at, (2, B))
