@@ -164,7 +164,9 @@ def regression(model: Model) -> LossFn:
 
 
 def _outputs(model: Model, params: Any, batch: Any, rng: Any) -> dict[str, Any]:
-    return model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name != "labels"})
+    # an encoder-decoder tells two texts apart by the marks between them alone
+    left_out = {"labels", "token_type_ids"} if isinstance(model.module, Seq2Seq) else {"labels"}
+    return model.apply(params, rng=rng, **{name: value for name, value in batch.items() if name not in left_out})
 
 
 def _scores(model: Model, params: Any, batch: Any, rng: Any, shape: str = "BC") -> tuple[Any, dict[str, Any]]:

@@ -189,6 +189,14 @@ def test_every_kind_of_record_is_learned(task, tmp_path):
     assert all(0 <= float(sums.value) <= 1 for sums in metrics.values())
 
 
+def test_packed_records_have_no_epochs_but_can_be_prompted(tmp_path):
+    run, *_ = opened("chat", tmp_path, sample=dict(prompt="which animal"), fit=dict(epochs=1))
+    with pytest.raises(ValueError, match=r"not known before packed text is packed, .*; set fit.steps instead"):
+        _ = run.steps
+    assert run.tokenizer.decode(run.prompt()[0], skip_special=False) == "<user>which animal<|endoftext|><assistant>"
+
+
+@pytest.mark.slow
 def test_what_is_written_is_scored(tmp_path, monkeypatch):
     """The first records of the validation split, once each and without a batch's padding, beside what their labels say."""
     record = lambda rng: {"source": "abc" * 5, "target": " ".join(rng.choice(WORDS["animals"], 2))}
@@ -213,7 +221,6 @@ def test_a_run_watches_what_is_written_and_a_chat_is_answered(tmp_path, one_devi
     summary = json.loads((tmp_path / "work" / "summary.json").read_text())
     assert summary["eval/wer"] > 0.5 and 0 <= summary["eval/exact_match"] <= 1 and summary["sample"] is None
     run, *_ = opened("chat", tmp_path, sample=dict(prompt="which animal", max_new_tokens=5))
-    assert run.tokenizer.decode(run.prompt()[0], skip_special=False) == "<user>which animal<|endoftext|><assistant>"
     assert run.sample(jax.jit(run.model.init)(jax.random.key(0))).startswith("which animal\n")
 
 

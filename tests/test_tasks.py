@@ -232,6 +232,17 @@ def test_speech_is_heard_as_a_spectrogram():
     assert float(loss.value) == pytest.approx(by_hand()[0].mean(), rel=1e-6) and "waveform" not in seen
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "t5", "bart"])
+def test_a_question_is_put_to_every_kind_of_encoder(name):
+    """Whether or not it tells the texts of a pair apart by their types."""
+    model = models.create(name, size="tiny", head="question_answering")
+    ids = {key: jax.ShapeDtypeStruct((2, 8), jnp.int32) for key in ("input_ids", "attention_mask", "token_type_ids")}
+    loss, _ = jax.eval_shape(
+        tasks.create("question_answering", model), model.shapes(), ids | {"labels": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
+    )
+    assert loss.total.shape == ()
+
+
 def test_zero_shot():
     """A class is the mean of its prompts, scaled to length 1; a row belongs to the nearest."""
     tokenizer = data.byte_tokenizer()

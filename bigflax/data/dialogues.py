@@ -139,6 +139,8 @@ def _messages(found: Any, name: str) -> list[dict[str, Any]]:
     said = list(found) if isinstance(found, Sequence | np.ndarray) and not isinstance(found, str | bytes) else []
     if not said or not all(isinstance(one, Mapping) and {"role", "content"} <= one.keys() for one in said):
         raise ValueError(f"field {name!r} is no list of messages, each with a role and its content")
+    if any(mark in str(one["content"]) for one in said for mark in MARKS):
+        raise ValueError(f"field {name!r} holds U+FDD0 or U+FDD1, which are no characters of a text")
     return [dict(one) for one in said]
 
 

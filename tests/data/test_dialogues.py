@@ -102,6 +102,7 @@ REFUSED = {
     "no messages": ({"messages": "hello"}, {}, "field 'messages' is no list of messages"),
     "no content": ({"messages": [{"role": "user"}]}, {}, "each with a role and its content"),
     "neither": ({"mesages": TALK}, {}, "no field 'messages', nearest is 'mesages'"),
+    "a mark of ours": ({"messages": [*TALK, {"role": "user", "content": "\ufdd0"}]}, {}, "holds U.FDD0 or U.FDD1"),
     "no answer": ({"messages": TALK[:1]}, {}, "no message is the assistant's"),
     "an answer beyond the row": ({"messages": TALK}, dict(length=20), "no answer begins within the first 20 tokens of"),
     "a template that refuses": (

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -138,6 +139,29 @@ def test_what_a_reader_draws_resumes(tmp_path):
     assert first.keys() == second.keys() and not set(first.values()) & set(second.values())
     with open_(split="all", repeat=False) as batches:
         assert {*values(next(batches)).values()} == {-1}
+
+
+def test_packed_records_come_once_each_and_resume(tmp_path):
+    """Rows of several records, each whole and none twice; after a restart those that would have come."""
+    records = [{"prompt": "q" * (1 + i % 7), "completion": chr(97 + i)} for i in range(20)]
+    read = data.chat(BYTES, length=16)
+    open_ = lambda **more: data.example_batches(lines(tmp_path, records), read, packed=16, batch_size=4, validation_fraction=0.0, **more)
+    with open_(split="all", repeat=False) as batches:
+        rows = [row for batch in batches for row in zip(*(np.asarray(batch[name]) for name in ("input_ids", "segment_ids")), strict=True)]
+    found = [ids[segments == k].tolist() for ids, segments in rows for k in range(1, segments.max() + 1)]
+    assert sorted(found) == sorted(read(record, None)["pairs"][:, 0].tolist() for record in records)
+    assert len(rows) < 20
+    with open_(seed=3) as batches:
+        for _ in range(3):
+            next(batches)
+        position = batches.state()
+        want = [jax.tree.map(np.asarray, next(batches)) for _ in range(4)]
+    with open_(seed=3) as batches:
+        batches.restore(position)
+        for one in want:
+            jax.tree.map(np.testing.assert_array_equal, one, jax.tree.map(np.asarray, next(batches)))
+    with open_(seed=3, bins=2) as batches, pytest.raises(ValueError, match="the data stream is not the one that was saved; changed: bins"):
+        batches.restore(position)
 
 
 def test_classes_are_found_in_order(tmp_path):
