@@ -150,7 +150,7 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
     with Checkpoints(os.path.join(args.work, "checkpoints")) as checkpoints:
         config = recipes.unflatten(checkpoints.meta()["config"])
         if "sample" not in config:
-            raise ValueError(f"there is nothing to continue: {args.work} holds a model of images, not of text")
+            raise ValueError(f"there is nothing to continue: {args.work} holds no model that continues text")
         config.work, config.sample.prompt = args.work, args.prompt
         for path, value in map(recipes.parse_override, overrides):
             recipes.set_key(config, path, value)

@@ -106,7 +106,7 @@ def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, m
     assert (history(tmp_path / "work"), final(tmp_path / "work")) == (history(whole), final(whole))
 
     assert main(["generate", f"--work={whole}", "--prompt=a", "--cache="]) == 2
-    assert "holds a model of images, not of text" in capsys.readouterr().err
+    assert "holds no model that continues text" in capsys.readouterr().err
 
 
 def test_batch_norm_moves_with_a_recipe(tmp_path, cache, one_device):

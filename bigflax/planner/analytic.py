@@ -72,7 +72,9 @@ def trace(loss_fn: Any, weights: Any, batch: Any, place: Topology, *, rows: int 
         layers, carried, body = 1, None, closed.jaxpr
     else:
         layers, body = longest.params["length"], longest.params["jaxpr"].jaxpr
-        ends = zip(longest.outvars, body.outvars, strict=True)  # what is carried has the same shape in and out of a turn, what is stacked has not
+        ends = zip(
+            longest.outvars, body.outvars, strict=True
+        )  # what is carried has the same shape in and out of a turn, what is stacked has not
         carried = max((out.aval for out, inner in ends if out.aval.shape == inner.aval.shape), key=_bytes, default=None)
     between = lambda x: carried is not None and tuple(x.shape[-len(carried.shape) :]) == tuple(carried.shape)
     whole = sum(_bytes(x) for x in kept if between(x))
