@@ -83,6 +83,7 @@ def test_training_begins_with_the_published_weights(home):
     assert jax.tree.map(lambda x: (x.shape, x.sharding), state) == jax.tree.map(lambda x: (x.shape, x.sharding), run.state_like())
 
 
+@pytest.mark.slow
 def test_it_learns_and_says_so(home, capsys):
     assert runs.train_run(recipes.resolve(recipe(home, work=str(home / "learns"), fit=dict(epochs=6)))) == 0
     assert "2 classes" in capsys.readouterr().out
