@@ -174,6 +174,11 @@ class Run:
         shapes = jax.eval_shape(lambda params: found.append(self.adapt(params)) or found[0].params, self.base.shapes())
         return found[0]._replace(params=shapes)
 
+    @functools.cached_property
+    def shapes(self) -> Any:
+        """The weights that a state begins with, as ShapeDtypeStructs."""
+        return self.model.shapes() if self.tuned is None else self.tuned.params
+
     def adapt(self, params: Any) -> peft.Tuned:
         """The recipe's method of fine-tuning over these weights."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), 1)  # 0 is the model's own
@@ -188,6 +193,11 @@ class Run:
         made = models.create(**{**_options(self.config.model, "source"), "size": None, **self.fields, **more})
         source = self.config.model.source
         return made if source is None else dataclasses.replace(made, source=hub.fetch(source))
+
+    @functools.cached_property
+    def writer(self) -> models.nn.Model:
+        """The model that generates: its layers one at a time, for it compiles twice, for a prompt and for a token."""
+        return self._model(unroll=1) if self.tuned is None or self.tuned.model is self.base else self.tuned.model
 
     @functools.cached_property
     def tx(self):
@@ -231,13 +241,13 @@ class Run:
         if c is None or not c.scores:
             return {}
         assert asks is not None  # else there is no such section
-        model, said, true = self._model(unroll=1), [], []
+        said, true = [], []
         with self.loader("validation") as batches:
             for batch in batches:
                 with sharding.tracing_on(self.mesh, self.table):
                     key = jax.random.fold_in(jax.random.key(self.config.seed), len(said))
                     options = {**_options(c, "scores", "records"), "eos_id": self.tokenizer.eos_id, "rng": key}
-                    written = generate(model, params, **asks(model, batch), **options)
+                    written = generate(self.writer, params, **asks(self.writer, batch), **options)
                 for tokens, labels in zip(sharding.whole(written), sharding.whole(batch["labels"]), strict=True):
                     if (labels != tasks.IGNORED).any():  # else the loader's padding
                         said.append(self.text(tokens))
@@ -263,7 +273,7 @@ class Run:
         if self.fit_options()["eval_every"]:
             measure = lambda params, batch: train.split_loss(self.loss_fn(params, batch, None))[1]
             asked = self.config.get("generate", {}).get("scores", ())
-            watch.check(["loss", *jax.eval_shape(measure, self.model.shapes(), loader.spec), *scored(asked, ["a"], ["a"])])
+            watch.check(["loss", *jax.eval_shape(measure, self.shapes, loader.spec), *scored(asked, ["a"], ["a"])])
             if asked:
                 check_generate(self.model, 1, **_options(self.config.generate, "scores", "records"))
         if (ids := self.prompt()) is not None:
@@ -283,7 +293,7 @@ class Run:
         c = self.config.sample
         with sharding.tracing_on(self.mesh, self.table):
             tokens = generate(
-                self._model(unroll=1),  # it compiles twice, for the prompt and for a token
+                self.writer,
                 params,
                 jnp.asarray(ids),
                 **_options(c, "prompt"),
@@ -391,7 +401,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
 
         meter = Meter(
             # an attack's passes are no work of the model
-            flops_per_step=train.model_flops(run.loss_of(attack=None), run.model.shapes(), loader.spec),
+            flops_per_step=train.model_flops(run.loss_of(attack=None), run.shapes, loader.spec),
             peak_flops=chips.peak_flops(),
             total_steps=run.steps,
         )

@@ -354,6 +354,20 @@ def test_preferences_by_recipe(home):
         one_step(preferences(home, task=dict(name="dpo"), model=decoder))
 
 
+@pytest.mark.slow
+def test_preferences_train_by_recipe(home):
+    """A whole run of DPO over an adapter: held-out pairs are told apart, and by a margin."""
+    said = preferences(
+        home, work=str(home / "dpo"), task=dict(name="dpo", beta=1.0), model=dict(source=str(home / "decoder")),
+        peft=dict(name="lora", rules=[("blocks/.*", 4)]),
+    ).config.copy_and_resolve_references()  # fmt: skip
+    with said.unlocked():
+        said.fit.epochs, said.data.validation_fraction, said.fit.eval_every = 8, 0.3, 10
+    assert runs.train_run(said, say=lambda text: None) == 0
+    summary = json.loads((home / "dpo" / "summary.json").read_text())
+    assert summary["eval/accuracy"] >= 0.9 and summary["eval/margin"] > 0.1
+
+
 def test_attacks_and_augmented_text_by_recipe(home):
     """Training sees the attack's loss, evaluation the plain one and the accuracy under attack; words are left out in training alone."""
     attack = dict(name="pgd", on="embed/tokens", eps=0.5, steps=1)

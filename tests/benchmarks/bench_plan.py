@@ -23,6 +23,18 @@ JOBS = {  # recipe and flags, topology, seconds wanted, MaxText's temporaries in
         None,
         4.15,
     ),
+    "llama3-8b-tensor, cut between": (
+        [
+            "llama3:8b",
+            "--config.mesh.fsdp=4",
+            "--config.mesh.tensor=4",
+            "--config.data.batch_size=4",
+            '--config.table.between=("context", "tensor")',
+        ],
+        "v5e:4x4",
+        None,
+        4.15,
+    ),
     "llama3-70b": (["llama3:70b"], "v5p:4x4x4", 90, 23.15),
     "qwen3-30b-a3b": (["qwen3_30b_a3b"], "v5p:4x4x4", None, None),
 }
