@@ -236,3 +236,23 @@ def test_fine_tuning_compares_and_writes(tmp_path):
     assert got["sizes"]["adapter"] < got["sizes"]["merged"] / 5
     assert "peft.name: None -> 'lora'" in texts["recipe"]
     assert " are frozen; the optimizer holds " in texts["lora"]
+
+
+@slow
+def test_vision_augments_learns_and_shows_its_errors(tmp_path):
+    """On squares that stand in the upper or lower half, for digits 0 and 1, which lie where the notebook looks first."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for side, n in {"train": 512, "test": 96}.items():
+        labels = np.arange(n) % 2
+        image = rng.integers(0, 40, (n, 28, 28)).astype(np.uint8)
+        for i, label in enumerate(labels):
+            row, column = 4 + 12 * label, rng.integers(4, 16)
+            image[i, row : row + 8, column : column + 8] = 220
+        np.savez(tmp_path / f"digits-{side}.npz", image=image, labels=labels.astype(np.int32))
+    report = """{"accuracy": accuracy, "table": table.tolist(), "step": int(step), "asked": len(true)}"""
+    got, _, images = execute("05_vision.ipynb", tmp_path, STEPS, report)
+    assert images == {"look", "wrong"}
+    assert got["asked"] == 96 and sum(map(sum, got["table"])) == 96
+    assert got["accuracy"] >= 0.9 and 0 < got["step"] <= STEPS
