@@ -15,6 +15,7 @@ import bigflax
 from bigflax import data, models, recipes, runs, sharding, tasks, train, trees
 from bigflax.main import main
 from bigflax.metrics import as_floats
+from bigflax.writers import read_jsonl
 
 WORDS = {"animals": "cat dog horse cow sheep".split(), "colours": "red green blue white black".split()}
 
@@ -398,7 +399,7 @@ def test_seeds_and_the_folder_of_a_run(home, capsys):
     run = runs.Run(recipes.resolve(said, [f"work={work}"]))
     run.mesh = bigflax.make_mesh(devices=jax.devices()[:1])
     accuracy = bigflax.evaluate(bigflax.eval_step(tasks.create("classification", model)), params, run.loader("validation"))["accuracy"]
-    best = max(record["eval/accuracy"] for record in map(json.loads, open(f"{work}/metrics.jsonl")) if "eval/accuracy" in record)
+    best = max(record["eval/accuracy"] for record in read_jsonl(f"{work}/metrics.jsonl") if "eval/accuracy" in record)
     assert accuracy == best
     base, params = bigflax.load(str(home / "published"), head="sequence_classification", num_labels=2)
     attached = bigflax.load_adapter(base, params, str(home / "adapter"))
