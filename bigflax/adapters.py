@@ -42,6 +42,7 @@ from bigflax import hub, models, peft, trees
 from bigflax.models import names
 from bigflax.nn import Model
 from bigflax.sharding import TABLE, Table, shardings
+from bigflax.sharding import whole as whole_array
 from bigflax.weights import IA3, Adapted, Axes, DoRA, LoRA, Prompted, dense, is_typed, parse_axes
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -160,7 +161,7 @@ class Module:
         """Of each leaf the norm over the inputs, one a layer and output: the magnitude that changes nothing."""
         k = len(self.entry.fields)
         over = tuple(k + i for i, letter in enumerate(self.inner) if letter in self.inputs)
-        length = lambda w: np.sqrt(np.square(_host(dense(w)).astype(np.float32)).sum(over))
+        length = lambda w: np.sqrt(np.square(whole_array(dense(w)).astype(np.float32)).sum(over))
         return {leaf: length(weights[leaf]) for leaf in self.entry.leaves if leaf not in but}
 
     def tied_to(self, model: Model, weights: Mapping[str, Any]) -> bool:
@@ -184,15 +185,6 @@ def _renamed(name: str, home: Any) -> str:
     for pattern, new in getattr(home, "MODULES", ()):
         name = re.sub(pattern, new, name)
     return name
-
-
-def _host(x: Any) -> np.ndarray:
-    """A whole array in this host's memory."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 # -- in --------------------------------------------------------------------------------------------------------------------
@@ -375,7 +367,7 @@ def _ia3(module: Module, files: Mapping[str, _Stored], said: dict, weights: dict
 
 def _whole(line: names.Entry, files: Mapping[str, _Stored], weights: dict, shapes: names.Shapes) -> dict[str, np.ndarray]:
     """Our leaves of a line of the table itself; layers that the adapter lacks are the base's."""
-    base = lambda leaf: _host(dense(weights[leaf]))
+    base = lambda leaf: whole_array(dense(weights[leaf]))
     size = line.shape(shapes)
     tensors = {name: files[name].read(size) if name in files else line.write(at, base) for name, at in line.names(shapes)}
     full = lambda leaf: (slice(None),) * len(shapes[leaf])
@@ -431,7 +423,7 @@ def save_adapter(model: Model, params: Any, folder: str, *, whole: Sequence[str]
             made, setting = _write_ia3(module, leaves, shapes, bias) if method == "IA3" else _write_lora(module, leaves, shapes, rs)
             settings |= dict.fromkeys((name.removesuffix(".weight") for name in own), (setting, module.transposed))
         elif any(map(is_whole, module.entry.leaves)):
-            made = {name: module.entry.write(at, lambda leaf: _host(dense(leaves[leaf]))) for name, at in own.items()}
+            made = {name: module.entry.write(at, lambda leaf: whole_array(dense(leaves[leaf]))) for name, at in own.items()}
             kept |= {name.rpartition(".")[0] for name in own}
         else:
             continue
@@ -472,10 +464,10 @@ def _write_soft(model: Model, leaves: Mapping[str, Any]) -> tuple[dict[str, np.n
     groups = model.module.groups
     common = {"num_layers": sum(group.layers for group in groups), "num_transformer_submodules": 1}
     if "prefix/k" not in leaves:
-        prompt = _host(leaves["embed/tokens"].prompt).astype(np.float32)
+        prompt = whole_array(leaves["embed/tokens"].prompt).astype(np.float32)
         said = {"num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_attention_heads": groups[0].blocks[0].attention.heads}
         return {"prompt_embeddings": prompt}, common | said
-    rows_PL2KH = np.stack([_host(leaves[f"prefix/{part}"]).astype(np.float32).swapaxes(0, 1) for part in "kv"], axis=2)
+    rows_PL2KH = np.stack([whole_array(leaves[f"prefix/{part}"]).astype(np.float32).swapaxes(0, 1) for part in "kv"], axis=2)
     P, _, _, K, H = rows_PL2KH.shape
     said = common | {"num_virtual_tokens": P, "token_dim": K * H, "num_attention_heads": K, "prefix_projection": False}
     return {"prompt_embeddings": rows_PL2KH.reshape(P, -1)}, said
@@ -500,19 +492,19 @@ def _write_lora(
     near_axis, far_axis = (-1 if part == "a" else len(module.entry.fields) for part in (module.near, module.far))  # of the rank
     there = {leaf: leaves[leaf] for leaf in module.entry.leaves if isinstance(leaves[leaf], Adapted)}
     first, scales = next(iter(there.values())), {leaf: getattr(w, "direction", w).scale for leaf, w in there.items()}
-    scale, near = next(iter(scales.values())), [_host(getattr(w, module.near)).astype(np.float32) for w in there.values()]
+    scale, near = next(iter(scales.values())), [whole_array(getattr(w, module.near)).astype(np.float32) for w in there.values()]
     one = all(np.array_equal(part, near[0]) for part in near)
     joined = near[0] if one else np.concatenate(near, near_axis)
     rank, begin = joined.shape[near_axis], 0
     far = {leaf: np.zeros(size, np.float32) for leaf, size in module.shapes("far", shapes, rank).items()}
     for leaf, w in there.items():
-        part = np.moveaxis(_host(getattr(w, module.far)) * np.float32(scales[leaf] / scale), far_axis, 0)
+        part = np.moveaxis(whole_array(getattr(w, module.far)) * np.float32(scales[leaf] / scale), far_axis, 0)
         np.moveaxis(far[leaf], far_axis, 0)[begin : begin + len(part)] = part
         begin += 0 if one else len(part)
     tensors = _scatter(module, "near", {module.entry.leaves[0]: joined}, shapes) | _scatter(module, "far", far, shapes)
     if isinstance(first, DoRA):
         flat = module.shapes("magnitude", shapes)
-        magnitudes = {leaf: _host(w.magnitude).astype(np.float32).reshape(flat[leaf]) for leaf, w in there.items()}
+        magnitudes = {leaf: whole_array(w.magnitude).astype(np.float32).reshape(flat[leaf]) for leaf, w in there.items()}
         tensors |= _scatter(module, "magnitude", module.lengths(leaves, but=there) | magnitudes, shapes)
     same = rank == first.a.shape[-1] and first.rs == rs
     return tensors, (rank, first.alpha if same else scale * (math.sqrt(rank) if rs else rank))
@@ -525,7 +517,7 @@ def _write_ia3(module: Module, leaves: Mapping[str, Any], shapes: names.Shapes, 
         w = leaves[leaf]
         if isinstance(w, IA3):
             sides.add(any(size > 1 for size, letter in zip(w.scale.shape[k:], module.inner, strict=True) if letter in module.inputs))
-            scales[leaf] = _host(w.scale).astype(np.float32)
+            scales[leaf] = whole_array(w.scale).astype(np.float32)
             if biases and w.bias is None and sides == {False}:
                 raise ValueError(f"PEFT's IA3 scales the bias of {leaf} too, and this one does not know it: weights.ia3(bias=)")
     inputs = sides == {True}

@@ -16,6 +16,7 @@ Left out on purpose: a registry of metrics and running averages. A metric is wha
 all rows at once: ranks (Spearman, areas under curves) and scores of corpora of text.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ from bigflax.losses import IGNORE
 from bigflax.sharding import constrain
 
 
-class Sums:
+class Sums(abc.ABC):
     """A metric in the making: a registered dataclass whose arrays are sums over rows, so that two add leaf by leaf, and whose `value` is a scalar.
 
     A loss may return any among its metrics; the loss itself is a Mean. A class of your own needs no more than its fields and a `value` that
@@ -44,8 +45,9 @@ class Sums:
         return jax.tree.map(operator.add, self, other)
 
     @property
+    @abc.abstractmethod
     def value(self) -> Any:
-        raise NotImplementedError
+        """The scalar that the sums make."""
 
 
 def _floats(*sums: Any) -> tuple[Any, ...]:
@@ -103,9 +105,8 @@ class Counts(Sums):
         """Of class numbers of any equal shapes. Label -100 does not count, nor does what `mask` calls False; predictions beyond the classes are wrong."""
         real = (labels != IGNORE) if mask is None else (labels != IGNORE) & (mask != 0)
         rows = lambda which, real: (which[..., None] == jnp.arange(classes)) & real[..., None]
-        counted = lambda which, real: constrain(
-            jnp.sum(rows(which, real).reshape(-1, classes), 0), None
-        )  # whole on every host, which reads it
+        # whole on every host, which reads it
+        counted = lambda which, real: constrain(jnp.sum(rows(which, real).reshape(-1, classes), 0), None)
         return cls(counted(labels, real & (predicted == labels)), counted(predicted, real), counted(labels, real), **options)
 
 
@@ -146,9 +147,8 @@ def span_f1(said_BT: jax.Array, true_BT: jax.Array, classes: Sequence[str]) -> F
         mark_BT, name_BT = (jnp.sum(jnp.where(tags_BT[..., None] == jnp.arange(len(classes) + 1), x_C, 0), -1) for x_C in (mark_C, name_C))
         before = lambda x_BT, first: jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=first)
         goes_on_BT = (mark_BT == I) & (before(mark_BT, O) != O) & (before(name_BT, -1) == name_BT)
-        stops_BT = jax.lax.cummin(
-            jnp.where(goes_on_BT, len(at_T), at_T), axis=1, reverse=True
-        )  # the first place from here that goes not on
+        # the first place from here that goes not on
+        stops_BT = jax.lax.cummin(jnp.where(goes_on_BT, len(at_T), at_T), axis=1, reverse=True)
         ends_BT = jnp.pad(stops_BT[:, 1:], ((0, 0), (0, 1)), constant_values=len(at_T))
         return (mark_BT != O) & ~goes_on_BT, ends_BT, name_BT
 

@@ -4,7 +4,7 @@
     reference = reference_log_probs(model, params, batches)              once, with the weights that training starts from
     batch = with_reference(batch, reference)                             its two numbers a pair: no second model is in memory
     loss_fn = dpo(model, beta=0.1)                                       loss_fn(params, batch, rng) -> (Mean, metrics), as a task
-    loss_fn = dpo(model, reference=bare)                                 or: of adapters, the weights beneath are the reference
+                                                                         or, of adapters: the weights beneath are the reference
 
     sigmoid   -log sigmoid(beta h)           DPO: Rafailov et al. 2023 (arXiv 2305.18290), equation 7
     ipo       (h - 1 / (2 beta))^2           Azar et al. 2023 (2310.12036), equation 17
@@ -34,7 +34,7 @@ from bigflax import losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
 from bigflax.sharding import constrain, replicated, tracing_on
-from bigflax.weights import Adapted, is_typed
+from bigflax.weights import Adapted, is_typed, named_weights
 
 LossFn = Callable[..., tuple[Any, ...]]
 SIDES = ("chosen", "rejected")
@@ -66,6 +66,17 @@ def read_pair(
         out[f"{side}_attention_mask"] = (at < len(ids) - 1).astype(np.int32)
     said = hashlib.blake2b(b"".join(out[f"{side}_{name}"].tobytes() for side in SIDES for name in ("input_ids", "labels")), digest_size=8)
     return {**out, "record": np.frombuffer(said.digest(), np.int32)}
+
+
+def pairs(tokenizer: Any, *, length: int, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected") -> Any:
+    """`read_pair` of these fields, as a reader of a recipe (data/examples.py)."""
+    return lambda record, rng=None: read_pair(record, tokenizer, length, prompt, chosen, rejected)
+
+
+def pair_shapes(*, length: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of `pairs`, known without a source."""
+    rows = {f"{side}_{name}": length for side in SIDES for name in ("input_ids", "labels", "attention_mask")}
+    return {name: jax.ShapeDtypeStruct((batch_size, n), np.int32) for name, n in {**rows, "record": 2}.items()}
 
 
 def _both(batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None, jax.Array]:
@@ -110,20 +121,23 @@ def dpo(
     """The loss of preferred answers against a reference, of the `kind` above; `smoothing` is the chance that a pair's order is wrong.
 
     The reference's log probabilities are `reference_chosen` and `reference_rejected` [B] of the batch (`with_reference`), or are computed in the
-    same step from `reference(params)`, without dropout or gradient: one more forward pass. Metrics: `accuracy`, how often h > 0; `margin`, beta h,
+    same step, without dropout or gradient and in one more forward pass, from `reference(params)`, by default the weights beneath adapters (`bare`).
+    Metrics: `accuracy`, how often h > 0; `margin`, beta h,
     and the two rewards whose difference it is, `chosen_reward` and `rejected_reward`. `chunk` is that of `ops.linear_cross_entropy`.
     """
 
     def loss_fn(params, batch, rng=None):
         chosen, rejected, real_B = _log_probs(model, params, batch, rng, chunk)
-        if reference is not None:
-            before = _log_probs(model, jax.lax.stop_gradient(reference(params)), batch, None, chunk)[:2]
-        elif "reference_chosen" in batch and "reference_rejected" in batch:
+        if reference is None and "reference_chosen" in batch and "reference_rejected" in batch:
             before = batch["reference_chosen"], batch["reference_rejected"]
         else:
-            raise ValueError(
-                "the batch has no reference_chosen and reference_rejected: add them by with_reference, or give dpo a reference"
-            )
+            if reference is None and not any(isinstance(w, Adapted) for _, w in named_weights(params)):
+                raise ValueError(
+                    "preferences are learned against a reference: fine-tune adapters (peft.name='lora'), beneath which it lies, give dpo a reference, "
+                    "or put its log probabilities into the batches (reference_log_probs, with_reference)"
+                )
+            beneath = jax.lax.stop_gradient((reference or bare)(params))
+            before = _log_probs(model, beneath, batch, None, chunk)[:2]
         loss_B = losses.dpo(chosen, rejected, *before, beta, kind=kind, smoothing=smoothing)
         return Mean.of(loss_B, real_B), _metrics(beta * (chosen - before[0]), beta * (rejected - before[1]), real_B)
 

@@ -96,6 +96,10 @@ class Run:
         epochs, batch = self.config.fit.epochs, self.config.data.batch_size
         if epochs is None:
             return self.config.fit.steps
+        if self.config.fit.steps is not None:
+            raise ValueError(
+                f"fit.epochs {epochs} and fit.steps {self.config.fit.steps} both say how long to train; set one of them to None"
+            )
         if self.kind.packed or self.config.data.split_by == "content":
             raise ValueError(
                 "how many rows an epoch has is not known before packed text is packed, or split by content; set fit.steps instead of fit.epochs"
@@ -136,14 +140,16 @@ class Run:
         options = _options(
             self.config.data, "source", "validation_source", "validation_fraction", "bad_records", "max_bad", "max_line", "field", *here
         )
-        given: dict[str, Any] = {"tokenizer": self.tokenizer} if self.kind.prose else {"classes": self.fields.get("num_labels")}
+        words = {"tokenizer": self.tokenizer} if self.kind.tokenized else {}
+        given: dict[str, Any] = words
         if self.kind.reader is not None:
             packed = {"packed": options["length"]} if self.kind.packed else {}
-            mine = {name: options.pop(name) for name in inspect.signature(self.kind.reader).parameters if name in options}
-            if "classes" in mine:
-                mine["classes"] = self.classes
-            identity = {**mine, "tokenizer": self.tokenizer.fingerprint}
-            given = {"read": self.kind.reader(tokenizer=self.tokenizer, **mine), "identity": identity, **packed}
+            takes = inspect.signature(self.kind.reader).parameters
+            mine = {name: options.pop(name) for name in takes if name in options}
+            mine |= {"classes": self.classes} if "classes" in takes else {}
+            mine |= {"num_labels": self.fields.get("num_labels")} if "num_labels" in takes else {}
+            identity = mine | {name: tokenizer.fingerprint for name, tokenizer in words.items()}
+            given = {"read": self.kind.reader(**words, **mine), "identity": identity, **packed}
         return self.kind.batches(
             sources,
             **given,
@@ -409,7 +415,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         try:
             state = train.fit(
                 state, xla.announced(step, announce), loader, **run.fit_options(), evaluate=run.evaluator(), checkpoints=checkpoints,
-                meta={"config": recipes.flat(config)}, write=writers.write, meter=meter, watch=watch, stop=stop,
+                meta={"config": recipes.flat(config), "classes": run.classes, "steps": run.steps}, write=writers.write, meter=meter, watch=watch, stop=stop,
             )  # fmt: skip
         finally:
             writers.close()
@@ -427,13 +433,17 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
 def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
     """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
     adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
+    if adapter and dtype is not None:
+        raise ValueError("an adapter is written in the dtype that it was trained in; leave out --dtype, or --adapter")
     with Checkpoints(os.path.join(work, "checkpoints")) as checkpoints:
-        said = recipes.unflatten(checkpoints.meta()["config"])
+        meta = checkpoints.meta()
+        said = recipes.unflatten(meta["config"])
         watch = said.watch if said.fit.eval_every or said.fit.epochs else None
     best = None if watch is None else (watch.metric, watch.mode)
     with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
         said.work = work
         run, step = Run(said), checkpoints.best() or checkpoints.latest()
+        run.classes, run.steps = meta["classes"], meta["steps"]  # the data need not be here any more
         weights = checkpoints.restore(run.state_like(), step=step).state.averaged
     names = run.classes if isinstance(run.classes, tuple | list) else ()
     if adapter:

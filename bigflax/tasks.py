@@ -26,7 +26,7 @@ from bigflax.models.seq2seq import Seq2Seq, shift_right
 from bigflax.nn import Model
 from bigflax.ops.mel import RATE
 from bigflax.ops.mixing import mixed
-from bigflax.weights import Adapted, named_weights, rounded
+from bigflax.weights import rounded
 
 LossFn = Callable[..., tuple[Any, ...]]
 
@@ -113,7 +113,6 @@ def classification(
     `mixup` and `cutmix` are alphas: in training, which is where there is a `rng`, images are mixed in pairs (ops/mixing.py). Running statistics that
     the model gives back (convnet.py) go on to the step.
     """
-
     weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
 
     def loss_fn(params, batch, rng=None):
@@ -296,35 +295,6 @@ def _embedding(out: Mapping[str, Any]) -> Any:
     return out[name]
 
 
-def preferred(model: Model, *, beta: float = 0.1, kind: str = "sigmoid", smoothing: float = 0.0, chunk: int | None = None) -> LossFn:
-    """`preference.dpo` against log probabilities of the batch, or, of a model that is adapted, against the model beneath its adapters."""
-    options: dict[str, Any] = dict(beta=beta, kind=kind, smoothing=smoothing, chunk=chunk)
-    kept, beneath = preference.dpo(model, **options), preference.dpo(model, reference=preference.bare, **options)
-
-    def loss_fn(params, batch, rng=None):
-        if "reference_chosen" in batch:
-            return kept(params, batch, rng)
-        if not any(isinstance(w, Adapted) for _, w in named_weights(params)):
-            raise ValueError(
-                "preferences are learned against a reference: fine-tune adapters (peft.name='lora'), beneath which it lies, or put its log "
-                "probabilities into the batches (preference.reference_log_probs, with_reference)"
-            )
-        return beneath(params, batch, rng)
-
-    return loss_fn
-
-
-def pairs(tokenizer: data.Tokenizer, *, length: int, prompt: str = "prompt", chosen: str = "chosen", rejected: str = "rejected") -> Any:
-    """The reader of preferences: `preference.read_pair` of these fields."""
-    return lambda record, rng=None: preference.read_pair(record, tokenizer, length, prompt, chosen, rejected)
-
-
-def pair_shapes(*, length: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch of `pairs`."""
-    rows = {f"{side}_{name}": length for side in ("chosen", "rejected") for name in ("input_ids", "labels", "attention_mask")}
-    return {name: jax.ShapeDtypeStruct((batch_size, n), np.int32) for name, n in {**rows, "record": 2}.items()}
-
-
 def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
     """The loss with the products of the matching weights in 8 bits, forward and backward: `[("blocks/.*", "int8")]`, or "fp8" (ops/matmul.py says
     which products). The weights stay the floats that they are, outside of the loss: state, optimizer and checkpoints see no difference.
@@ -364,8 +334,8 @@ TASKS = {
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
     "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
     "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
-    "dpo": Task(preferred, {"input_ids": data.reading(pairs, pair_shapes)}),
-    "reward": Task(preference.reward, {"input_ids": data.reading(pairs, pair_shapes, classes=1)}, SCORES),
+    "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.pairs, preference.pair_shapes)}),
+    "reward": Task(preference.reward, {"input_ids": data.reading(preference.pairs, preference.pair_shapes, classes=1)}, SCORES),
 }
 
 
@@ -399,6 +369,10 @@ def create(
     """
     loss_fn = find(name).loss(model, **options)
     if attack is not None:
-        loss_fn = adversarial.create(attack["name"], loss_fn, model, **{key: value for key, value in attack.items() if key != "name"})
+        if not hasattr(attack, "keys") or "name" not in attack:
+            raise ValueError(
+                f"task.attack names a method and its options, {{'name': 'pgd', 'on': 'embed/tokens', 'eps': 0.5}}, not {attack!r}"
+            )
+        loss_fn = adversarial.create(loss_fn=loss_fn, model=model, **attack)
     rules = [(".*", matmul)] if isinstance(matmul, str) else [(pattern, kind) for pattern, kind in matmul or ()]
     return low_precision(loss_fn, rules, model.axes) if rules else loss_fn

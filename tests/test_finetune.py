@@ -283,6 +283,12 @@ MISTAKES = {
     "a class without a record": (dict(data=dict(classes=("animals", "colours", "plants"))), "no record is of class 'plants'"),
     "another vocabulary": (dict(tokenizer=dict(kind="bpe", vocab_size=400)), "model.vocab_size 300 is smaller than the tokenizer's"),
     "longer than the positions": (dict(data=dict(length=600)), "600 tokens are more than the .* learned positions"),
+    "texts in another field": (dict(data=dict(text="txt")), "the train split holds no good record; .*no field 'txt', nearest is 'text'"),
+    "epochs and steps": (dict(fit=dict(steps=9)), "fit.epochs 2 and fit.steps 9 both say how long to train; set one of them to None"),
+    "an attack without a name": (dict(task=dict(attack=dict(eps=0.5))), "task.attack names a method and its options"),
+    "an attack with a wrong option": (
+        dict(task=dict(attack=dict(name="pgd", on="embed/tokens", epps=0.5))), "pgd got an unexpected keyword argument 'epps'; an attack has bounds, eps",
+    ),
     "a label for packed text": (dict(task=dict(name="masked_lm")), "unknown key 'data.label' in the recipe"),
 }  # fmt: skip
 
@@ -363,7 +369,7 @@ def test_preferences_train_by_recipe(home):
         peft=dict(name="lora", rules=[("blocks/.*", 4)]),
     ).config.copy_and_resolve_references()  # fmt: skip
     with said.unlocked():
-        said.fit.epochs, said.data.validation_fraction, said.fit.eval_every = 8, 0.3, 10
+        said.fit.epochs, said.fit.steps, said.data.validation_fraction, said.fit.eval_every = 8, None, 0.3, 10
     assert runs.train_run(said, say=lambda text: None) == 0
     summary = json.loads((home / "dpo" / "summary.json").read_text())
     assert summary["eval/accuracy"] >= 0.9 and summary["eval/margin"] > 0.1
@@ -391,8 +397,10 @@ def test_seeds_and_the_folder_of_a_run(home, capsys):
     spread = json.loads((home / "seeds" / "seeds.json").read_text())["eval/accuracy"]
     assert len(spread["values"]) == 2 and spread["mean"] == pytest.approx(np.mean(spread["values"]))
     work = str(home / "seeds" / "seed1")
+    (home / "train.jsonl").rename(home / "away.jsonl")  # weights can be written where the data are not
     assert main(["convert", work, str(home / "merged"), "--cache="]) == 0
     assert main(["convert", work, str(home / "adapter"), "--adapter", "--cache="]) == 0
+    (home / "away.jsonl").rename(home / "train.jsonl")
     config = json.loads((home / "merged" / "config.json").read_text())
     assert config["id2label"] == {"0": "animals", "1": "colours"}
     model, params = bigflax.load(str(home / "merged"))

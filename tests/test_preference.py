@@ -229,7 +229,7 @@ MISTAKES = {
     ),
     "half a pair": (of_shapes(DPO, POLICY, {"chosen_input_ids": PAIR["chosen_input_ids"]}), "rejected_input_ids and what else of both"),
     "no labels": (of_shapes(DPO, POLICY, UNLABELLED), "chosen_labels and rejected_labels, -100 on the prompt"),
-    "no reference": (of_shapes(DPO, POLICY, PAIR), "no reference_chosen and reference_rejected: add them by with_reference"),
+    "no reference": (of_shapes(DPO, POLICY, PAIR), "learned against a reference: .* or put its log probabilities into the batches"),
     "a kind": (
         of_shapes(preference.dpo(POLICY, kind="kto", reference=preference.bare), POLICY, PAIR),
         "no kind 'kto'; take one of sigmoid",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bigflax.data.dialogues import asked, chat, chat_shapes
     from bigflax.data.examples import (
-        example_batches,
         find_classes,
         labelled,
         labelled_shapes,
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
         translated,
         translated_shapes,
     )
-    from bigflax.data.images import count_classes, image_batches, image_shapes
+    from bigflax.data.images import count_classes, image_shapes, viewed
     from bigflax.data.kinds import KINDS, Kind, reading
     from bigflax.data.loader import Loader, virtual_shards
-    from bigflax.data.pipeline import Mapped, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
+    from bigflax.data.pipeline import Examples, Mixed, Records, Text, in_split, record_batches, sample_texts, text_batches, text_shapes
     from bigflax.data.pixels import NORMALIZED, channels_first
     from bigflax.data.quality import BadRecord, Quality
     from bigflax.data.sound import transcribed, transcribed_shapes
@@ -48,10 +47,10 @@ _HOMES = {
         "translated",
         "translated_shapes",
     ),
-    "images": ("count_classes", "image_batches", "image_shapes"),
+    "images": ("count_classes", "image_shapes", "viewed"),
     "kinds": ("KINDS", "Kind", "reading"),
     "loader": ("Loader", "virtual_shards"),
-    "pipeline": ("Mapped", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
+    "pipeline": ("Examples", "Mixed", "Records", "Text", "in_split", "record_batches", "sample_texts", "text_batches", "text_shapes"),
     "pixels": ("NORMALIZED", "channels_first"),
     "quality": ("BadRecord", "Quality"),
     "sound": (
@@ -71,12 +70,12 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Kind", "Loader", "Mapped", "Mixed", "Quality", "Records", "Source", "Text",
+    "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Examples", "Kind", "Loader", "Mixed", "Quality", "Records", "Source", "Text",
     "Tokenizer", "answered", "answered_shapes", "asked", "byte_tokenizer", "channels_first", "chat", "chat_shapes", "count_classes",
-    "example_batches", "find_classes", "find_tags", "image_batches", "image_shapes", "in_split", "labelled", "labelled_shapes",
+    "find_classes", "find_tags", "image_shapes", "in_split", "labelled", "labelled_shapes",
     "load_tokenizer", "many_labelled", "many_labelled_shapes", "open_source", "paired", "paired_shapes", "reading", "record_batches",
     "sample_texts", "scored", "scored_shapes", "tagged", "tagged_shapes", "text_batches", "text_shapes", "train_bpe", "transcribed",
-    "transcribed_shapes", "translated", "translated_shapes", "virtual_shards",
+    "transcribed_shapes", "translated", "translated_shapes", "viewed", "virtual_shards",
 ]  # fmt: skip
 
 

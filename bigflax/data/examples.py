@@ -1,7 +1,7 @@
 """Records with answers, one row each: how a labelled record becomes an example of fixed shape.
 
     read = labelled(tokenizer, length=64, classes=("no", "yes"))          a reader: read(record, rng) -> {"input_ids": int32 [T], ...}
-    batches = example_batches(source, read, batch_size=32, mesh=mesh)
+    batches = record_batches(source, read, batch_size=32, mesh=mesh)
 
 A reader's function is made from what the data are read with (a tokenizer, the names of the classes) and from its own keyword arguments, which
 are keys of a recipe's data section. It raises ValueError for a record that is not as it should be: one bad record, counted and named as
@@ -14,25 +14,20 @@ Legend: T length of a row, C classes.
 """
 
 import collections
-import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
 from bigflax.data.augment import Said, create
-from bigflax.data.loader import Loader
-from bigflax.data.packing import IGNORED, Example, document, pack
-from bigflax.data.pipeline import MakeShard, Mixed, Records, make_loader, positions, read, sub_seed
-from bigflax.data.quality import Quality
+from bigflax.data.packing import IGNORED, Example, document
+from bigflax.data.pipeline import Read
 from bigflax.data.sources import Record, Source
 from bigflax.data.text import Tokenizer
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
-Read = Callable[[Record, np.random.Generator | None], Example]
 
 
 # -- readers ---------------------------------------------------------------------------------------------------------------
@@ -46,40 +41,49 @@ def labelled(
 
     `augment` names what is done to the texts in training (augment.py): "delete:0.1,swap".
     """
-    changed = create("text", augment)
-
-    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
-        if rng is not None and changed.functions:
-            record = {**record, **{name: changed(text_of(record, name), rng) for name in (text, pair) if name is not None}}
-        return {**_words(record, tokenizer, length, text, pair), "labels": np.array(class_of(field(record, label), classes), np.int32)}
-
-    return reader
+    target = lambda record: np.array(class_of(field(record, label), classes), np.int32)
+    return _words(tokenizer, length, text, pair, augment, target)
 
 
 def many_labelled(
-    tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "labels"
-) -> Read:
+    tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "labels",
+    augment: Said = (),
+) -> Read:  # fmt: skip
     """As `labelled`, with any number of classes, a list or one string of names between commas: labels float32 [C] of zeros and ones."""
 
-    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
-        target = np.zeros(len(classes), np.float32)
-        target[[class_of(one, classes) for one in listed(field(record, label))]] = 1
-        return {**_words(record, tokenizer, length, text, pair), "labels": target}
+    def target(record: Record) -> np.ndarray:
+        chosen = np.zeros(len(classes), np.float32)
+        chosen[[class_of(one, classes) for one in listed(field(record, label))]] = 1
+        return chosen
 
-    return reader
+    return _words(tokenizer, length, text, pair, augment, target)
 
 
-def scored(tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str | None = None, label: str = "score") -> Read:
+def scored(
+    tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str | None = None, label: str = "score", augment: Said = ()
+) -> Read:
     """As `labelled`, with a number: labels float32 []."""
 
-    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+    def target(record: Record) -> np.ndarray:
         try:
             score = np.array(field(record, label), np.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{label} {record.get(label)!r} is no number") from error
         if not np.isfinite(score):
             raise ValueError(f"{label} {record[label]!r} is not finite")
-        return {**_words(record, tokenizer, length, text, pair), "labels": score}
+        return score
+
+    return _words(tokenizer, length, text, pair, augment, target)
+
+
+def _words(tokenizer: Tokenizer, length: int, text: str, pair: str | None, augment: Said, target: Callable[[Record], np.ndarray]) -> Read:
+    """The row of a text, or of a pair, each changed by `augment` where there is a generator, and the `target` as labels."""
+    changed = create("text", augment)
+
+    def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
+        texts = [text_of(record, name) for name in (text, pair) if name is not None]
+        texts = texts if rng is None else [changed(one, rng) for one in texts]
+        return {**tokenizer.row(*texts, length=length), "labels": target(record)}
 
     return reader
 
@@ -171,10 +175,6 @@ def text_of(record: Mapping[str, Any], name: str) -> str:
     return found
 
 
-def _words(record: Record, tokenizer: Tokenizer, length: int, text: str, pair: str | None) -> Example:
-    return tokenizer.row(text_of(record, text), None if pair is None else text_of(record, pair), length=length)
-
-
 # -- classes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -217,74 +217,3 @@ def find_classes(sources: Iterable[Source], name: str, said: Sequence[str] | Non
         only = f"only {next(iter(found))!r}" if found else "nothing"
         raise ValueError(f"the field {name!r} of the records holds {only}; to tell classes apart takes {least} or more")
     return tuple(sorted(found, key=(lambda text: (int(text), text)) if all(text.lstrip("-").isdigit() for text in found) else None))
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Examples:
-    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from. `packed`: rows of that length, of which
-    `bins` are open at a time, are packed of it (packing.py)."""
-
-    records: Records
-    read: Read
-    random: bool
-    seed: int = 0
-    repeat: bool | int = True
-    shuffle: bool = True
-    read_threads: int = 0
-    packed: int | None = None
-    bins: int = 8
-
-    def element(self, at: dict[str, int]) -> Example | None:
-        record = self.records(at["index"])
-        if record is None:
-            return None
-        try:
-            return self.read(record, np.random.default_rng([self.seed, at["epoch"], at["index"]]) if self.random else None)
-        except ValueError as error:
-            return self.records.quality.reject(self.records.source.name(at["index"]), str(error))
-
-    def __call__(self, shard: int, shards: int) -> grain.IterDataset:
-        at = positions(self.records, shard, shards, seed=self.seed, repeat=self.repeat, shuffle=self.shuffle)
-        found = read(at, self.element, read_threads=self.read_threads)
-        return found if self.packed is None else pack(found, self.packed, bins=self.bins, seed=sub_seed(self.seed, "bins", shard))
-
-
-def example_batches(
-    source: Source | Sequence[tuple[Source, float]],
-    read: Read,
-    *,
-    batch_size: int,
-    split: str = "train",
-    validation_fraction: float = 0.05,
-    split_by: str = "name",
-    seed: int = 0,
-    repeat: bool | int = True,
-    mesh=None,
-    quality: Quality | None = None,
-    identity: Mapping[str, Any] | None = None,
-    read_threads: int = 0,
-    packed: int | None = None,
-    bins: int = 8,
-    **loader,
-) -> Loader:
-    """Batches of what `read` makes of the records. `identity`: what else decides about the rows, as JSON keeps it. Options as for `text_batches`.
-
-    `packed`: what it makes are pairs (input id, label), which are packed into rows of this length, as packing.py says.
-    """
-    quality = quality or Quality(field=None)
-    weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
-    parts: list[MakeShard] = [
-        Examples(
-            Records(one, quality, split, validation_fraction, split_by), read, split == "train", sub_seed(seed, "source", k), repeat,
-            read_threads=read_threads, packed=packed, bins=bins,
-        )
-        for k, (one, _) in enumerate(weighted)
-    ]  # fmt: skip
-    weights = [float(weight) for _, weight in weighted]
-    make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
-    stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "seed": seed, "repeat": repeat}
-    stream |= {} if packed is None else {"packed": packed, "bins": bins}
-    return make_loader(make, batch_size, mesh, quality, repeat, {**stream, **(identity or {})}, loader)

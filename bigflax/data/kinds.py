@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bigflax.data.examples import example_batches, find_classes
-from bigflax.data.images import count_classes, image_batches, image_shapes
+from bigflax.data.examples import find_classes
+from bigflax.data.images import count_classes, image_shapes, viewed
 from bigflax.data.loader import Loader
-from bigflax.data.pipeline import text_batches, text_shapes
+from bigflax.data.pipeline import record_batches, text_batches, text_shapes
 from bigflax.data.text import Tokenizer
 
 
@@ -38,16 +38,20 @@ class Kind(NamedTuple):
 
 def reading(
     reader: Callable[..., Any], shapes: Callable[..., Any], *, classes: int | Callable[..., Any] | None = None, packed: bool = False,
-    prompt: Callable[..., Any] | None = None,
+    prompt: Callable[..., Any] | None = None, follows: tuple[str, ...] = (),
 ) -> Kind:  # fmt: skip
-    """The kind whose records this reader reads, of texts; yours is made the same way. Where the reader has `classes` they are found in the records,
-    by `classes(sources, data section)` if given; else that many scores are asked of the model. `packed`: it makes pairs (example_batches)."""
+    """The kind whose records this reader reads; yours is made the same way. The run gives it what it has parameters for: the `tokenizer`, the names
+    of the `classes`, the model's `num_labels`. Where it has `classes` they are found in the records, by `classes(sources, data section)` if given;
+    else that many scores are asked of the model. `packed`: it makes pairs (record_batches). `follows`: further fields of the model."""
+    takes = inspect.signature(reader).parameters
     find = classes if callable(classes) else None if classes is None else lambda *_: classes
-    if find is None and "classes" in inspect.signature(reader).parameters:
+    if find is None and "classes" in takes:
         find = lambda sources, data: find_classes(sources, data.label, data.classes)
-    follows = ("vocab_size", *(("num_labels",) if find else ()))
+    follows = (*(("vocab_size",) if "tokenizer" in takes else ()), *(("num_labels",) if find else ()), *follows)
     given = ("read", "identity", "packed", *(() if packed else ("bins",)))
-    return Kind(example_batches, shapes, given, follows, True, packed=packed, classes=find, reader=reader, prompt=prompt)
+    return Kind(
+        record_batches, shapes, given, follows, tokenized="tokenizer" in takes, packed=packed, classes=find, reader=reader, prompt=prompt
+    )
 
 
 def _begun(tokenizer: Tokenizer, data: Any, text: str) -> np.ndarray | None:
@@ -55,8 +59,8 @@ def _begun(tokenizer: Tokenizer, data: Any, text: str) -> np.ndarray | None:
 
 
 KINDS = {
-    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), True, True, True, prompt=_begun),
-    "pixel_values": Kind(
-        image_batches, image_shapes, ("classes",), ("num_labels", "image_size", "num_channels"), classes=lambda sources, _: count_classes(sources)
+    "input_ids": Kind(text_batches, text_shapes, ("tokenizer",), ("vocab_size",), tokenized=True, prose=True, packed=True, prompt=_begun),
+    "pixel_values": reading(
+        viewed, image_shapes, classes=lambda sources, _: count_classes(sources), follows=("image_size", "num_channels")
     ),
-}  # fmt: skip
+}

@@ -27,6 +27,7 @@ from bigflax.data.sources import Source, fingerprint
 from bigflax.data.text import Tokenizer
 
 MakeShard = Callable[[int, int], grain.IterDataset]
+Read = Callable[[dict[str, Any], np.random.Generator | None], Example]
 SPLITS = ("train", "validation", "all")
 
 
@@ -48,7 +49,8 @@ def sub_seed(seed: int, *names: object) -> int:
 
 @dataclasses.dataclass
 class Records:
-    """Good records of one side of a split of a source, by index: `records(i)` is the record or None. What the pipelines below read from."""
+    """Good records of one side of a split of a source, by index: `records(i)` is the record or None, `records(i, read)` what `read` makes of it, which
+    may raise ValueError for a bad one. What the pipelines below read from."""
 
     source: Source
     quality: Quality = dataclasses.field(default_factory=lambda: Quality(field=None))
@@ -73,13 +75,17 @@ class Records:
         """By name this reads nothing; by content the record decides only when it is read."""
         return self.split_by == "content" or in_split(self.source.name(index), self.split, self.validation_fraction)
 
-    def __call__(self, index: int) -> dict[str, Any] | None:
+    def __call__(self, index: int, read: Callable[[dict[str, Any]], Any] = lambda record: record) -> Any:
         if not self.chosen(index):
             return None
         name = self.source.name(index)
         record = self.quality(self.source[index], name)
         if record is not None and self.split_by == "content" and not in_split(_content(record), self.split, self.validation_fraction):
             record = None
+        try:
+            record = None if record is None else read(record)
+        except ValueError as error:
+            record = self.quality.reject(name, str(error))
         self._fruitless = 0 if record is not None else self._fruitless + 1
         if self._fruitless > 100 * len(self.source):  # an endless stream of nothing would hang; this is wrong with a chance of exp(-100)
             reason = self.quality.bad.get(name, "of the other split")
@@ -96,11 +102,10 @@ def _content(record: Mapping[str, Any]) -> bytes:
     return b"\0".join(parts)
 
 
-def positions(records: Records, shard: int, shards: int, *, seed: int, repeat: bool | int, shuffle: bool = True) -> grain.MapDataset:
+def positions(records: Records, shard: int, shards: int, *, seed: int, repeat: bool | int) -> grain.MapDataset:
     """{"epoch", "index"} of each position of this shard."""
-    n, order = len(records.source), grain.MapDataset.range(len(records.source))
-    if shuffle:
-        order = order.shuffle(seed=sub_seed(seed, "shuffle"))
+    n = len(records.source)
+    order = grain.MapDataset.range(n).shuffle(seed=sub_seed(seed, "shuffle"))
     if repeat:
         order = order.repeat(None if repeat is True else int(repeat))
     numbered = order.map_with_index(functools.partial(_numbered, n))
@@ -209,23 +214,27 @@ class Mixed:
 
 
 @dataclasses.dataclass
-class Mapped:
-    """make_shard(v, S) of `transform(record) -> example` over records: images, arrays, anything of fixed shape."""
+class Examples:
+    """make_shard(v, S) of what `read` makes of each record; `random`: it is given a generator to draw from. `packed`: rows of that length, of which
+    `bins` are open at a time, are packed of it (packing.py)."""
 
     records: Records
-    transform: Callable[[dict[str, Any]], Example] | None = None
+    read: Read
+    random: bool
     seed: int = 0
     repeat: bool | int = True
-    shuffle: bool = True
     read_threads: int = 0
+    packed: int | None = None
+    bins: int = 8
 
-    def element(self, at: dict[str, int]) -> dict[str, Any] | None:
-        record = self.records(at["index"])
-        return record if record is None or self.transform is None else self.transform(record)
+    def element(self, at: dict[str, int]) -> Example | None:
+        rng = np.random.default_rng([self.seed, at["epoch"], at["index"]]) if self.random else None
+        return self.records(at["index"], lambda record: self.read(record, rng))
 
     def __call__(self, shard: int, shards: int) -> grain.IterDataset:
-        at = positions(self.records, shard, shards, seed=self.seed, repeat=self.repeat, shuffle=self.shuffle)
-        return read(at, self.element, read_threads=self.read_threads)
+        at = positions(self.records, shard, shards, seed=self.seed, repeat=self.repeat)
+        found = read(at, self.element, read_threads=self.read_threads)
+        return found if self.packed is None else pack(found, self.packed, bins=self.bins, seed=sub_seed(self.seed, "bins", shard))
 
 
 def sample_texts(records: Records, *, seed: int = 0) -> Iterator[str]:
@@ -275,7 +284,6 @@ def text_batches(
     """
     quality = quality or Quality()
     weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
-    weights = [float(weight) for _, weight in weighted]
     options = {"repeat": repeat, "interleave": interleave, "bins": bins, "mask_rate": mask_rate, "token_type_ids": token_type_ids}
     parts = [
         Text(
@@ -289,11 +297,9 @@ def text_batches(
         )
         for k, (one, _) in enumerate(weighted)
     ]
-    make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
-    stream = {"data": [part.records.fingerprint() for part in parts], "weights": weights, "tokenizer": tokenizer.fingerprint}
-    identity = {**stream, "length": length, "objective": objective, "seed": seed, **options}
+    identity = {"tokenizer": tokenizer.fingerprint, "length": length, "objective": objective, "seed": seed, **options}
     # the packers of all shards work at the same step, once every `bins` steps: as many batches ahead even that out
-    return make_loader(make, batch_size, mesh, quality, repeat, identity, {"prefetch": bins if objective == "causal" else 2, **loader})
+    return joined(parts, weighted, batch_size, mesh, quality, identity, {"prefetch": bins if objective == "causal" else 2, **loader})
 
 
 def text_shapes(
@@ -307,30 +313,46 @@ def text_shapes(
 
 
 def record_batches(
-    source: Source,
-    transform: Callable[[dict[str, Any]], Example] | None = None,
+    source: Source | Sequence[tuple[Source, float]],
+    read: Read,
     *,
     batch_size: int,
-    split: str = "all",
+    split: str = "train",
     validation_fraction: float = 0.05,
     split_by: str = "name",
     seed: int = 0,
     repeat: bool | int = True,
-    shuffle: bool = True,
     mesh=None,
     quality: Quality | None = None,
+    identity: Mapping[str, Any] | None = None,
     read_threads: int = 0,
+    packed: int | None = None,
+    bins: int = 8,
     **loader,
 ) -> Loader:
-    """Batches of `transform(record)`: images, arrays, or whatever gives dicts of arrays of fixed shape. Options as for `text_batches`."""
+    """Batches of `read(record, rng)`: dicts of arrays of fixed shape. It raises ValueError for a bad record; `rng`, in the "train" split alone, is a
+    generator that follows from (seed, epoch, index): what is drawn from it resumes with the data.
+
+    `identity`: what else decides about the rows, as JSON keeps it. `packed`: what is read are pairs (input id, label), which are packed into rows of
+    this length, as packing.py says. Other options as for `text_batches`.
+    """
     quality = quality or Quality(field=None)
-    records = Records(source, quality, split, validation_fraction, split_by)
-    make = Mapped(records, transform, seed, repeat, shuffle, read_threads)
-    identity = {"data": records.fingerprint(), "seed": seed, "repeat": repeat, "shuffle": shuffle}
-    return make_loader(make, batch_size, mesh, quality, repeat, identity, loader)
+    weighted = [(source, 1.0)] if isinstance(source, Source) else list(source)
+    parts = [
+        Examples(
+            Records(one, quality, split, validation_fraction, split_by), read, split == "train", sub_seed(seed, "source", k), repeat,
+            read_threads, packed, bins,
+        )
+        for k, (one, _) in enumerate(weighted)
+    ]  # fmt: skip
+    stream = {"seed": seed, "repeat": repeat, **({} if packed is None else {"packed": packed, "bins": bins}), **(identity or {})}
+    return joined(parts, weighted, batch_size, mesh, quality, stream, loader)
 
 
-def make_loader(make: MakeShard, batch_size: int, mesh, quality, repeat: bool | int, identity: dict[str, Any], options) -> Loader:
-    """A loader of this stream; a finite one is one virtual shard unless `options` say otherwise."""
+def joined(parts: Sequence[Any], weighted: Sequence[tuple[Source, float]], batch_size: int, mesh, quality, identity, options) -> Loader:
+    """The loader of one source's make_shard, or of several by their weights; a finite one is one virtual shard unless `options` say otherwise."""
+    weights, repeat = [float(weight) for _, weight in weighted], identity["repeat"]
+    make = parts[0] if len(parts) == 1 else Mixed(parts, weights)
+    identity = {"data": [part.records.fingerprint() for part in parts], "weights": weights, **identity}
     options = {"shards": None if repeat is True else 1, **options}
     return Loader(make, batch_size=batch_size, mesh=mesh, quality=quality, finite=repeat is not True, identity=identity, **options)

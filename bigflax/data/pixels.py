@@ -3,7 +3,7 @@
     source = open_source("images", path="photos", size=224)
     batches = record_batches(source, channels_first(**NORMALIZED["imagenet"]), batch_size=256, mesh=mesh)
 
-Crops and flips are in images.py, whose batches end here, other augmentation in augment.py; any function of a record may stand before this one.
+Crops and flips are in images.py, whose views end here, other augmentation in augment.py; any function of a record may stand before this one.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class ChannelsFirst:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, record: dict[str, Any], rng: Any = None) -> dict[str, Any]:
         record = dict(record)
         image = record.pop("image")
         if image.shape[-1] != len(self.mean):

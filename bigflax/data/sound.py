@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bigflax.data.augment import Said, create
 from bigflax.data.examples import Read, Shapes, field, text_of, to_write
 from bigflax.data.packing import Example
 from bigflax.data.sources import Record
@@ -25,17 +26,21 @@ START = "<|startoftranscript|>"  # Whisper's decoder begins with it, so it is no
 
 
 def transcribed(
-    tokenizer: Tokenizer, *, seconds: float = 30.0, target_length: int, sound: str = "audio", text: str = "text", folder: str = ""
-) -> Read:
-    """waveform float32 [16,000 seconds], cut or followed by silence, labels [target_length]; names of files are below `folder`."""
-    begins = tokenizer.inner.token_to_id(START)
+    tokenizer: Tokenizer, *, seconds: float = 30.0, target_length: int, sound: str = "audio", text: str = "text", folder: str = "",
+    augment: Said = (),
+) -> Read:  # fmt: skip
+    """waveform float32 [16,000 seconds], cut or followed by silence, labels [target_length]; names of files are below `folder`.
+
+    `augment` names what is done to the row in training (augment.py): "shift:1600,noise".
+    """
+    begins, changed = tokenizer.inner.token_to_id(START), create("wave", augment)
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
         labels = to_write(tokenizer, text_of(record, text), target_length + 1)
         labels = labels[1:] if labels[0] == begins else to_write(tokenizer, text_of(record, text), target_length)
         heard, row = samples(field(record, sound), folder), np.zeros(round(seconds * RATE), np.float32)
         row[: len(heard)] = heard[: len(row)]
-        return {"waveform": row, "labels": labels}
+        return {"waveform": row if rng is None else changed(row, rng), "labels": labels}
 
     return reader
 

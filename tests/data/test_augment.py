@@ -1,5 +1,6 @@
 """Laws of every augmentation: the same key gives the same, another key another; shape, dtype and range stay; strength 0 changes nothing."""
 
+import inspect
 import itertools
 import pickle
 import sys
@@ -259,9 +260,10 @@ MOVED = "crop:2,erase:0.5"
 
 
 def batches(**options):
-    return data.image_batches(
-        Arrays({"image": DIGITS, "labels": np.arange(24)}, "made"), **{**WHOLE, "validation_fraction": 0.0, **options}
-    )
+    options = {**WHOLE, "validation_fraction": 0.0, **options}
+    view = {name: options.pop(name) for name in inspect.signature(data.viewed).parameters if name in options}
+    source = Arrays({"image": DIGITS, "labels": np.arange(24)}, "made")
+    return data.record_batches(source, data.viewed(**view), identity=view, **options)
 
 
 def rows(loader):

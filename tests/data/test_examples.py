@@ -113,11 +113,23 @@ def test_every_good_record_comes_once_and_the_bad_ones_are_named(tmp_path):
     )
     quality = Quality(field=None)
     read = data.labelled(BYTES, CLASSES, length=4)
-    with data.example_batches(source, read, batch_size=4, split="all", repeat=False, quality=quality) as batches:
+    with data.record_batches(source, read, batch_size=4, split="all", repeat=False, quality=quality) as batches:
         rows = [row for batch in batches for row in zip(np.asarray(batch["input_ids"])[:, 0], np.asarray(batch["labels"]), strict=True)]
     assert sorted((int(a), int(b)) for a, b in rows if b != -100) == [(97 + i, i % 2) for i in range(10)]
     assert [*quality.bad] == ["rows.jsonl:11"]
     assert quality.bad["rows.jsonl:11"].startswith("label 'maybe' is none of the 2 classes; the nearest are")
+
+
+def test_an_endless_stream_of_bad_records_says_so(tmp_path):
+    source = lines(tmp_path, [{"txt": "a", "label": "yes"}] * 6)
+    read = data.labelled(BYTES, CLASSES, length=4)
+    with (
+        data.record_batches(source, read, batch_size=4, validation_fraction=0.0) as batches,
+        pytest.raises(
+            ValueError, match=r"the train split holds no good record; the last one read is .*: no field 'text', nearest is 'txt'"
+        ),
+    ):
+        next(batches)
 
 
 def test_what_a_reader_draws_resumes(tmp_path):
@@ -127,7 +139,7 @@ def test_what_a_reader_draws_resumes(tmp_path):
     def read(record, rng):
         return {"draw": np.int64(-1 if rng is None else rng.integers(1 << 40)), "letter": np.int32(ord(record["text"]))}
 
-    open_ = lambda **more: data.example_batches(source, read, batch_size=4, validation_fraction=0.0, **more)
+    open_ = lambda **more: data.record_batches(source, read, batch_size=4, validation_fraction=0.0, **more)
     values = lambda batch: dict(zip(np.asarray(batch["letter"]).tolist(), np.asarray(batch["draw"]).tolist(), strict=True))
     with open_() as batches:
         first = values(next(batches)) | values(next(batches))
@@ -145,7 +157,7 @@ def test_packed_records_come_once_each_and_resume(tmp_path):
     """Rows of several records, each whole and none twice; after a restart those that would have come."""
     records = [{"prompt": "q" * (1 + i % 7), "completion": chr(97 + i)} for i in range(20)]
     read = data.chat(BYTES, length=16)
-    open_ = lambda **more: data.example_batches(lines(tmp_path, records), read, packed=16, batch_size=4, validation_fraction=0.0, **more)
+    open_ = lambda **more: data.record_batches(lines(tmp_path, records), read, packed=16, batch_size=4, validation_fraction=0.0, **more)
     with open_(split="all", repeat=False) as batches:
         rows = [row for batch in batches for row in zip(*(np.asarray(batch[name]) for name in ("input_ids", "segment_ids")), strict=True)]
     found = [ids[segments == k].tolist() for ids, segments in rows for k in range(1, segments.max() + 1)]

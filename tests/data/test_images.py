@@ -1,5 +1,6 @@
 """Images with classes, as batches: what a view is, what is drawn, what is refused."""
 
+import inspect
 import io
 import itertools
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from bigflax import data
-from bigflax.data.images import MEAN, STD, Pictures, View
+from bigflax.data.images import MEAN, STD, View, pixels_of
 from bigflax.data.sources import Arrays
 
 Image = pytest.importorskip("PIL.Image", reason="an extra")
@@ -27,7 +28,10 @@ def arrays(n=40, **more):
 
 
 def batches(source, **options):
-    return data.image_batches(source, **{"size": 8, "batch_size": 4, "split": "all", "repeat": False, **options})
+    """Of `viewed`, whose own options are among these."""
+    options = {"size": 8, "batch_size": 4, "split": "all", "repeat": False, **options}
+    view = {name: options.pop(name) for name in inspect.signature(data.viewed).parameters if name in options}
+    return data.record_batches(source, data.viewed(**view), identity=view, **options)
 
 
 # -- views -----------------------------------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def test_flip_mirrors_the_width():
 def test_the_batch_is_of_the_shapes_that_are_known_without_a_source(mean):
     pixels = MANY if len(mean) == 3 else MANY[..., 0]  # [H, W], as MNIST's digits come
     source, options = Arrays({"image": pixels, "labels": np.arange(40) % 4}, "made"), dict(size=8, batch_size=4, mean=mean)
-    spec = data.image_batches(source, **options, std=mean).spec
+    spec = batches(source, **options, std=mean).spec
     assert {k: (x.shape, x.dtype) for k, x in spec.items()} == {k: (x.shape, x.dtype) for k, x in data.image_shapes(**options).items()}
 
 
@@ -90,7 +94,7 @@ def test_a_view_depends_on_seed_epoch_and_index_alone():
     def seen(**options):
         """The views of each image, by its label, sorted: they come from three epochs."""
         views = {label: [] for label in range(8)}
-        for batch in data.image_batches(flat, size=8, batch_size=8, split="train", validation_fraction=0.0, repeat=3, **options):
+        for batch in batches(flat, batch_size=8, split="train", validation_fraction=0.0, repeat=3, **options):
             for x, y in zip(np.asarray(batch["pixel_values"]), np.asarray(batch["labels"]), strict=True):
                 if y >= 0:
                     views[int(y)].append(x.tobytes())
@@ -122,13 +126,13 @@ def test_an_interrupted_stream_goes_on_bit_for_bit():
     with batches(arrays(), **options) as loader:
         loader.restore(state)
         np.testing.assert_array_equal([np.asarray(b["pixel_values"]) for b in itertools.islice(loader, 5)], whole[4:])
-    with batches(arrays(), **options, flip=0.0) as loader, pytest.raises(ValueError, match="not the one that was saved; changed: view"):
+    with batches(arrays(), **options, flip=0.0) as loader, pytest.raises(ValueError, match="not the one that was saved; changed: flip"):
         loader.restore(state)
 
 
 def test_sources_of_a_mixture_come_by_their_weights():
     dark, light = (Arrays({"image": np.full((30, 9, 9, 3), tone, np.uint8), "labels": np.zeros(30, int)}, str(tone)) for tone in (0, 255))
-    with data.image_batches([(dark, 3.0), (light, 1.0)], size=8, batch_size=16, **PLAIN) as loader:
+    with batches([(dark, 3.0), (light, 1.0)], split="train", repeat=True, batch_size=16, **PLAIN) as loader:
         tones = [np.asarray(next(loader)["pixel_values"])[:, 0, 0, 0].mean() for _ in range(4)]
     np.testing.assert_allclose(tones, 0.25, atol=0.1)  # a row of 16 more or less
 
@@ -177,10 +181,11 @@ class Given:
 
 @pytest.mark.parametrize("image", FORMS.values(), ids=FORMS)
 def test_an_image_is_an_array_or_a_file(image):
-    got = Pictures(Given({"image": image, "labels": 3}))[0]
-    assert got["image"].dtype == np.uint8 and got["labels"] == 3 and got["labels"].dtype == np.int32
-    np.testing.assert_allclose(got["image"].astype(float), GOOD, atol=255 if isinstance(image, bytes) and image != PNG else 0)  # JPEG loses
-    assert Pictures(Given({"image": encoded(GOOD), "labels": 0}), channels=1)[0]["image"].shape == (12, 18, 1)
+    got = pixels_of(image)
+    label = data.viewed(size=8)({"image": image, "labels": 3}, None)["labels"]
+    assert got.dtype == np.uint8 and label == 3 and label.dtype == np.int32
+    np.testing.assert_allclose(got.astype(float), GOOD, atol=255 if isinstance(image, bytes) and image != PNG else 0)  # JPEG loses
+    assert pixels_of(encoded(GOOD), 1).shape == (12, 18, 1)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -188,10 +193,10 @@ def test_what_is_no_image_is_a_bad_record(fault, tmp_path):
     record, reason = FAULTS[fault]
     quality = data.Quality(field=None, quarantine=tmp_path / "bad.jsonl")
     source = Given(record, *({"image": GOOD, "labels": i % 4} for i in range(4)))
-    labels = [label for batch in batches(source, quality=quality, classes=4) for label in np.asarray(batch["labels"]) if label >= 0]
+    labels = [label for batch in batches(source, quality=quality, num_labels=4) for label in np.asarray(batch["labels"]) if label >= 0]
     assert sorted(labels) == [0, 1, 2, 3] and [*quality.bad] == ["record 0"]
     with pytest.raises(data.BadRecord, match=f"bad record record 0: .*{reason}"):
-        [*batches(source, quality=data.Quality(field=None, bad_records="stop"), classes=4)]
+        [*batches(source, quality=data.Quality(field=None, bad_records="stop"), num_labels=4)]
 
 
 REFUSED = {

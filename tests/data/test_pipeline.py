@@ -46,7 +46,7 @@ def threads(folder, **options):
 
 def arrays(folder, **options):
     source = open_source("numpy", arrays={"x": np.arange(240).reshape(80, 3), "y": np.arange(80)})
-    return record_batches(source, lambda r: {"x": r["x"] * 2, "labels": r["y"]}, batch_size=8, **options)
+    return record_batches(source, lambda r, rng: {"x": r["x"] * 2, "labels": r["y"]}, batch_size=8, split="all", **options)
 
 
 PIPELINES = {f.__name__: f for f in (causal, masked, mixed, by_content, threads, arrays)}

@@ -45,7 +45,7 @@ def test_a_folder_of_images_goes_into_a_model(tmp_path):
         (tmp_path / f"class{i % 2}").mkdir(exist_ok=True)
         image.fromarray(IMAGE + np.uint8(i)).save(tmp_path / f"class{i % 2}" / f"{i}.png")
     source = data.open_source("images", path=tmp_path, size=32)
-    batch = next(iter(data.record_batches(source, data.channels_first(**data.NORMALIZED["half"]), batch_size=4)))
+    batch = next(iter(data.record_batches(source, data.channels_first(**data.NORMALIZED["half"]), batch_size=4, split="all")))
     model = models.create("vit", size="tiny")
     out = model.apply(jax.jit(model.init)(jax.random.key(0)), pixel_values=batch["pixel_values"])
     assert out["logits"].shape == (4, 2) and sorted(np.asarray(batch["labels"])) == [0, 0, 1, 1]
