@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import adapters, chips, data, hub, models, optim, peft, recipes, sharding, tasks, train, trees, xla, yardsticks
+from bigflax import adapters, chips, data, hub, models, optim, peft, recipes, sharding, summaries, tasks, train, trees, xla
 from bigflax.checkpoint import Checkpoints
-from bigflax.curves import plot_curves, points, terminal_curve
 from bigflax.data.quality import Quality
 from bigflax.generate import check as check_generate
 from bigflax.generate import generate
@@ -29,7 +28,7 @@ from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
 from bigflax.scores import scored
 from bigflax.stored import open_path
-from bigflax.writers import open_writers, read_jsonl
+from bigflax.writers import open_writers
 
 Config = Any  # a resolved ConfigDict, whose attributes no type checker knows
 
@@ -380,14 +379,14 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             meta = checkpoints.meta(at)
             check_same(meta["config"], config, allow_changes, say)
             watch.best, watch.idle = (meta.get("watch") or {"best": None, "idle": 0}).values()
-            if (at >= run.steps or watch.ended) and summarized(config.work) == at:
+            if (at >= run.steps or watch.ended) and summaries.summarized(config.work) == at:
                 say(f"{config.work} holds the finished run of {at} steps; for another one use another --config.work")
                 return 0
         run.check()
         loader = run.loader("train")
         loader.start()  # reads ahead while the model compiles
         run.check_end(loader, watch)
-        say(describe(run))
+        say(summaries.describe(run))
         if run.tuned is not None:
             say(f"{config.peft.name}: {run.tuned.summary(run.tx)}")
         if at is None:
@@ -426,7 +425,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
         return stop.CODE
     text = run.sample(state.averaged)
     if first:
-        summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
+        summaries.summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
     return 0
 
 
@@ -454,14 +453,6 @@ def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, 
     say(f"the weights of step {step} are in {folder}")
 
 
-def summarized(work: str) -> int | None:
-    """The step of the last summary, which is the last thing that a run writes; None where there is none."""
-    try:
-        return json.loads((open_path(work) / "summary.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def check_same(saved: Mapping[str, Any], config: Config, allow_changes: bool, say: Callable[[str], None]) -> None:
     """Compares the recipe of a run with that of its continuation. Raises ValueError, unless allowed, where they would learn differently."""
     changes = recipes.diff(saved, recipes.flat(config), ignore=(*recipes.HARMLESS, "mesh"))
@@ -471,49 +462,3 @@ def check_same(saved: Mapping[str, Any], config: Config, allow_changes: bool, sa
         )
     for change in changes:
         say(f"changed: {change}")
-
-
-def describe(run: Run) -> str:
-    """One line: the model's size, the mesh, the batch."""
-    c, shapes = run.config, run.model.shapes()
-    mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
-    if run.kind.tokenized:
-        labels = f"{run.fields['num_labels']} classes; " if run.fields.get("num_labels") else ""
-        amount = f"vocabulary {run.tokenizer.vocab_size}; {labels}batch {c.data.batch_size} x {c.data.length} tokens"
-    else:
-        amount = f"{run.fields.get('num_labels')} classes; batch {c.data.batch_size} images of {c.data.size} x {c.data.size}"
-    return (
-        f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), "
-        f"{amount}; {jax.devices()[0].device_kind}, {mesh}"
-    )
-
-
-def summarize(run: Run, step: int, text: str | None, seconds: float, cost: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """The end of a run: the curve as PNG and in the terminal, held-out figures beside the yardsticks, a sample; all in summary.json, with `cost`."""
-    config, history = run.config, read_jsonl(os.path.join(run.work, "metrics.jsonl"))
-    plot_curves(history, os.path.join(run.work, "loss.png"))
-    say("\n" + terminal_curve(*points(history, "loss")) + "\n")
-    final: dict[str, Any] = {}
-    for record in history:
-        final |= {name: value for name, value in record.items() if name != "step"}
-    summary = {"steps": step, "seconds": round(seconds, 1), **{name: final[name] for name in final if name.startswith("eval/")}}
-    if run.kind.prose and config.yardsticks:
-        summary |= measure_yardsticks(run)
-    for name, value in summary.items():
-        say(f"{name.replace('eval/', 'held-out ').replace('_', ' '):<28} {value:,.4g}")
-    if text is not None:
-        say(f"\n{'sample':-^72}\n{text}\n{'':-^72}")
-    say(f"\ncheckpoints, metrics and loss.png are in {run.work}")
-    (open_path(run.work) / "summary.json").write_text(json.dumps({**summary, **cost, "sample": text}, indent=1))
-
-
-def measure_yardsticks(run: Run) -> dict[str, float]:
-    """What gzip, xz and a counting 3-gram model need for the held-out text, in bits per byte."""
-    read = lambda split: "".join(text for records in run.records(split) for text in data.sample_texts(records)).encode()
-    held_out = read("validation")
-    return {
-        "held_out_bytes": len(held_out),
-        "gzip_-9_bits_per_byte": yardsticks.gzip_bits_per_byte(held_out),
-        "xz_-9_bits_per_byte": yardsticks.xz_bits_per_byte(held_out),
-        "3-gram_bits_per_byte": yardsticks.ngram_bits_per_byte(read("train"), held_out),
-    }

@@ -38,13 +38,24 @@ def match(rules: Rules, name: str, default: Any = None) -> Any:
     return next((value for pattern, value in rules if re.fullmatch(pattern, name)), default)
 
 
+def checked(rules: Any) -> list[tuple[str, Any]]:
+    """The rules as a list. Raises ValueError for what is no sequence of pairs of a regex and a value."""
+    try:
+        found = [(pattern, value) for pattern, value in ([rules] if isinstance(rules, str) else rules)]
+        for pattern, _ in found:
+            re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"rules are pairs of a regex and a value, [('blocks/.*', 8)], not {rules!r} ({error})") from None
+    return found
+
+
 def apply_rules(rules: Rules, tree: Any, *, default: Any = None, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """A tree of the matched values, shaped like `tree`.
 
     Raises ValueError for a rule that matches no leaf at all (a typing mistake would otherwise train or freeze the wrong weights),
     except the catch-all `.*`.
     """
-    names = [name for name, _ in named_leaves(tree, is_leaf)]
+    names, rules = [name for name, _ in named_leaves(tree, is_leaf)], checked(rules)
     for pattern, _ in rules:
         if pattern != ".*" and not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"rule {pattern!r} matches no weight; {did_you_mean(pattern, names)}")

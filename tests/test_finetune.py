@@ -285,6 +285,8 @@ MISTAKES = {
     "longer than the positions": (dict(data=dict(length=600)), "600 tokens are more than the .* learned positions"),
     "texts in another field": (dict(data=dict(text="txt")), "the train split holds no good record; .*no field 'txt', nearest is 'text'"),
     "epochs and steps": (dict(fit=dict(steps=9)), "fit.epochs 2 and fit.steps 9 both say how long to train; set one of them to None"),
+    "rules that are none": (dict(peft=dict(name="lora", rules="blocks/.*")), "rules are pairs of a regex and a value, .* not 'blocks/.*'"),
+    "a regex that is none": (dict(peft=dict(name="lora", rules=[("blocks/(", 4)])), "rules are pairs of a regex and a value, .*unterminated"),
     "an attack without a name": (dict(task=dict(attack=dict(eps=0.5))), "task.attack names a method and its options"),
     "an attack with a wrong option": (
         dict(task=dict(attack=dict(name="pgd", on="embed/tokens", epps=0.5))), "pgd got an unexpected keyword argument 'epps'; an attack has bounds, eps",

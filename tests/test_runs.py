@@ -11,7 +11,7 @@ from etils.epath import backend
 from ml_collections import ConfigDict
 from running import arguments, final, history, make_photo_recipe, steps_on_disk
 
-from bigflax import data, recipes, runs, sharding, trees, writers
+from bigflax import data, recipes, runs, sharding, summaries, trees, writers
 from bigflax.checkpoint import Checkpoints
 from bigflax.main import main
 from bigflax.writers import open_writers
@@ -72,13 +72,13 @@ def test_a_work_folder_in_a_bucket(tmp_path, monkeypatch):
         tokenizer=dict(kind="bpe", vocab_size=300), data=dict(source=dict(kind="text", path=str(tmp_path / "a.txt")), length=64, batch_size=8),
     )  # fmt: skip
     config = recipes.resolve(ConfigDict(recipe))
-    assert runs.summarized(config.work) is None
+    assert summaries.summarized(config.work) is None
     trained = runs.Run(config).tokenizer
     opened = open_writers(config.work, tensorboard=False)  # its event files go through google-cloud-storage, of the extra gcs
     opened.write(5, {"loss": 2.5})
     opened.close()
-    runs.summarize(runs.Run(config), 5, "to be", 1.0, {}, print)
-    assert runs.summarized(config.work) == 5
+    summaries.summarize(runs.Run(config), 5, "to be", 1.0, {}, print)
+    assert summaries.summarized(config.work) == 5
     assert (tmp_path / "gs:/bucket/run/loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(data, "train_bpe", None)
     np.testing.assert_array_equal(runs.Run(config).tokenizer.encode("to be"), trained.encode("to be"))

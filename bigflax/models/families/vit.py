@@ -91,7 +91,7 @@ HEADS = {
     None: ("ViTModel", layer("vit.pooler.dense", "head/dense")),
     "image_classification": ("ViTForImageClassification", layer("classifier", "head/scores")),
 }
-# transformers reads its files into modules of newer names, which are those of adapters; some weights become no module of their own (adapters.py)
+# transformers reads its files into modules of newer names, which are those of adapters; some weights become no module of their own (adapters/modules.py)
 MODULES = (
     (r"attention\.attention\.([qkv])\w+", r"attention.\1_proj"), (r"attention\.output\.dense", "attention.o_proj"),
     (r"intermediate\.dense", "mlp.fc1"), (r"output\.dense", "mlp.fc2"), (r"encoder\.layer\.", "layers."),

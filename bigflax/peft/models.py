@@ -1,0 +1,214 @@
+"""Methods that change what a model is made of, or train some of its leaves as they are: functions from a model and its params to both."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigflax import nn, ops, trees, weights
+from bigflax.nn import Model
+from bigflax.peft.matrices import key_of
+from bigflax.weights import shape
+
+Array = jax.Array
+
+
+class Tuned(NamedTuple):
+    """A model, its params, and regexes of the leaves that train."""
+
+    model: Model
+    params: Any
+    trained: tuple[str, ...]
+
+    @property
+    def freeze(self) -> trees.Rules:
+        """The rules for `init_state`."""
+        return [*((pattern, False) for pattern in self.trained), (".*", True)]
+
+    def summary(self, tx: optax.GradientTransformation) -> str:
+        """What trains, what does not, and the optimizer's memory for it, in a line."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.params)
+        kept, rest = trees.partition(shapes, weights.trains(shapes, self.freeze, self.model.axes))
+        trained, size = trees.count(kept), lambda tree: trees.human(trees.nbytes(tree), "B", 1024)
+        share = f"{100 * trained / (trained + trees.count(rest)):.2g}%"
+        return (
+            f"{trained:,} parameters ({share}, {size(kept)}) train, {trees.count(rest):,} ({size(rest)}) are frozen; "
+            f"the optimizer holds {size(jax.eval_shape(tx.init, kept))}"
+        )
+
+
+def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = None) -> Tuned:
+    """The model with `tokens` learned rows in front of every text; they begin as the table's rows of `words`, ids [P], or of random ones.
+
+    The rows are ids V to V + P - 1 of a longer table, so the model computes as if they were text: positions begin with them, and a head that looks at
+    the first position looks at the first of them. Their places do not appear in what comes out. To generate, put these ids in front of the
+    text and use the model that was given here. Packed rows (segment_ids) and caches are refused.
+    """
+    _text(model, params, "a prompt")
+    V = shape(params["embed"]["tokens"])[0]
+    chosen = jax.random.randint(rng, (tokens,), 0, V) if words is None else _words(words, tokens, V)
+
+    def add(params):
+        made = weights.prompted(params["embed"]["tokens"], ops.take(params["embed"]["tokens"], chosen, jnp.float32))
+        return {**params, "embed": {**params["embed"], "tokens": made}}
+
+    def apply(params, *, rng=None, **inputs):
+        _refuse(inputs, "a prompt")
+        given = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if name in inputs}
+        given = {name: x for name, x in given.items() if x is not None}
+        at_P = jnp.arange(weights.rows(params["embed"]["tokens"]) - V)
+        front = {"input_ids": V + at_P, "attention_mask": at_P * 0 + 1, "token_type_ids": at_P * 0, "position_ids": at_P}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"] + len(at_P)
+        join = lambda x, row_P: jnp.concatenate([jnp.broadcast_to(row_P, (len(x), len(row_P))).astype(x.dtype), x], axis=1)
+        out = model.apply(params, rng=rng, **{name: join(jnp.asarray(x), front[name]) for name, x in given.items()}, **inputs)
+        return _behind(out, len(at_P))
+
+    return Tuned(_wrapped(model, add, apply, model.axes), add(params), (r"embed/tokens/prompt",))
+
+
+def _behind(out: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The outputs without the places of the first tokens."""
+    cut = lambda x: x[:, tokens:]
+    timed = {name: cut(x) for name, x in out.items() if name in ("last_hidden_state", "start_logits", "end_logits")}
+    if "hidden_states" in out:
+        timed["hidden_states"] = tuple(map(cut, out["hidden_states"]))
+    if "head" in out:
+        timed["head"] = {**out["head"], "x_BTD": cut(out["head"]["x_BTD"])}
+    if getattr(out.get("logits"), "ndim", 0) == 3:
+        timed["logits"] = cut(out["logits"])
+    return {**out, **timed}
+
+
+def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = None) -> Tuned:
+    """The model with `tokens` learned keys and values before the text's in every layer: leaves `prefix/k` and `prefix/v` [L, P, K, H].
+
+    They begin near zero, or as what the `words`, ids [P], leave in the layers. The wrapped `apply` hands them to the model as a cache, so that the text's
+    positions begin at P, `position_ids` that are given are moved by as many, and `attention_mask` speaks of the text alone; an encoder sees them from
+    everywhere. Packed rows (segment_ids), caches, which generation needs, and stages of a pipeline are refused.
+    """
+    _text(model, params, "a prefix")
+    blocks = [block for group in model.module.groups for block in group.blocks]
+    kinds = {(block.attention.kv_heads or block.attention.heads, block.attention.head_dim) for block in blocks}
+    if len(kinds) > 1 or any(block.cross is not None for block in blocks):
+        raise ValueError("a prefix has keys of one shape for all layers, and this model's layers differ or look at another sequence too")
+    L, (K, H), dtype = sum(group.layers for group in model.module.groups), kinds.pop(), model.module.embed.dtype
+
+    def cache_of(k_LPKH, v_LPKH, B, T):
+        P = k_LPKH.shape[1]
+        longer = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), *((0, 0),) * (x.ndim - 3)))
+        grow = lambda x: longer(jnp.broadcast_to(x[:, None].astype(dtype), (L, B, P, K, H)))
+        segments = longer(jnp.ones((L, B, P), jnp.int32))
+        return {"k": grow(k_LPKH), "v": grow(v_LPKH), "segments": segments, "index": jnp.full(L, P, jnp.int32)}
+
+    if words is None:
+        draw = lambda name: 0.02 * jax.random.normal(key_of(rng, name), (L, tokens, K, H))
+        made = {"k": draw("prefix/k"), "v": draw("prefix/v")}
+    else:
+        none = jnp.zeros((L, 0, K, H))
+        seen = model.apply(
+            params, input_ids=_words(words, tokens, weights.rows(params["embed"]["tokens"]))[None], cache=cache_of(none, none, 1, tokens)
+        )
+        made = {name: seen["cache"][name][:, 0].astype(jnp.float32) for name in ("k", "v")}
+    limit = getattr(model.module.embed, "positions", 0)
+
+    def apply(params, *, rng=None, **inputs):
+        _refuse(inputs, "a prefix")
+        k_LPKH, v_LPKH, (B, T) = params["prefix"]["k"], params["prefix"]["v"], inputs["input_ids"].shape
+        P = k_LPKH.shape[1]
+        if k_LPKH.shape != (L, P, K, H):
+            raise ValueError(f"a prefix {k_LPKH.shape} is for another model: this one has {L} layers with {K} heads of {H} for keys")
+        if limit and P + T > limit:
+            raise ValueError(f"{T} tokens behind a prefix of {P} are more than the {limit} learned positions; cut the sequences")
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + P
+        own = {name: leaf for name, leaf in params.items() if name != "prefix"}
+        out = model.apply(own, rng=rng, cache=cache_of(k_LPKH, v_LPKH, B, T), **inputs)
+        return {name: x for name, x in out.items() if name != "cache"}
+
+    axes = {**model.axes, "prefix": dict.fromkeys(made, "layers | _ kv_heads head_dim")}
+    add = lambda params: {**params, "prefix": made}
+    return Tuned(_wrapped(model, add, apply, axes), add(params), (r"prefix/[kv]",))
+
+
+def _text(model: Model, params: Any, what: str) -> None:
+    """Raises ValueError where the model does not read one text."""
+    embed = getattr(model.module, "embed", None)
+    if getattr(embed, "takes", None) != "input_ids" or not hasattr(model.module, "groups") or "tokens" not in params.get("embed", {}):
+        raise ValueError(f"{what} stands before the text of a model that reads one text, an encoder or a decoder alone; this is none")
+
+
+def _words(words: Any, tokens: int, V: int) -> Array:
+    ids = jnp.asarray(words)
+    if ids.shape != (tokens,) or int(ids.max()) >= V:
+        raise ValueError(f"words of shape {ids.shape} up to id {int(ids.max())} are not {tokens} ids below {V}")
+    return ids
+
+
+def _refuse(inputs: Mapping[str, Any], what: str) -> None:
+    for name in ("segment_ids", "cache"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{what} stands before one text a row and makes no cache: {name} cannot be given with it")
+
+
+def _wrapped(model: Model, add: Callable[[Any], Any], apply: Callable[..., Any], axes: Any) -> Model:
+    init = lambda rng: add(model.init(rng))
+    return dataclasses.replace(model, init=init, apply=apply, axes=axes, shaped=jax.eval_shape(add, model.shapes()))
+
+
+def bitfit(model: Model, params: Any) -> Tuned:
+    """The model as it is; its biases train, those of norms too. Raises ValueError where it has none."""
+    biases = [
+        name for name, text in trees.named_leaves(model.axes) if re.fullmatch(r"(.*/)?(\w+_bias|bias|b)", name) and "statistic" not in text
+    ]
+    if not biases:
+        raise ValueError("bitfit trains biases, and this model has none; take 'lora' or 'ia3'")
+    return Tuned(model, params, tuple(map(re.escape, biases)))
+
+
+def head_only(model: Model, params: Any) -> Tuned:
+    """The model as it is; its head trains. Raises ValueError where that has no weights of its own."""
+    if "head" not in params:
+        raise ValueError("head_only trains the head's own weights, and this model's head has none")
+    return Tuned(model, params, ("head/.*",))
+
+
+def last_layers(model: Model, params: Any, layers: int) -> Tuned:
+    """The model with its last layers in groups of their own, which train: what is before them has neither gradients nor a backward pass.
+
+    Files of published weights hold the same as before (hub.py): names follow the groups. Raises ValueError where a stack cannot be cut there.
+    """
+    groups = getattr(model.module, "groups", None)
+    if groups is None:
+        raise ValueError("last_layers cuts a model that is one stack of layers, and this one is more, or none")
+    total = sum(group.layers for group in groups)
+    if not 0 < layers <= total:
+        raise ValueError(f"the last {layers} layers cannot be had of a model of {total}; give 1 to {total}")
+    made, first, start = [], 0, 0  # made: (a group, the name that its leaves have, which of their repeats are its); trains from `first` on
+    for (name, *_), group in zip(model.module.places()["blocks"], groups, strict=True):
+        inside, start = total - layers - start, start + group.layers  # how many of its layers are before the cut
+        if not 0 < inside < group.layers:
+            made.append((group, name, slice(None)))
+            first = len(made) if inside > 0 else first
+            continue
+        at, odd = divmod(inside, len(group.blocks))
+        if group.tied or odd:
+            why = "share one set of weights" if group.tied else f"are stacked in periods of {len(group.blocks)}; take {layers + odd}"
+            raise ValueError(f"the last {layers} layers cannot be cut off, for the layers there {why}")
+        made.append((dataclasses.replace(group, repeats=at), name, slice(at)))
+        first = len(made)
+        blocks = copy.deepcopy(group.blocks)  # modules that two groups share would share their weights
+        made.append((dataclasses.replace(group, blocks=blocks, repeats=group.repeats - at), name, slice(at, None)))
+    module = model.module.clone(groups=tuple(group for group, _, _ in made))
+    names = [name for name, *_ in module.places()["blocks"]]
+    piece = lambda tree, part: tree if part == slice(None) else jax.tree.map(lambda x: x[part], tree)
+    whole = {name: leaf for name, leaf in params.items() if name not in {old for _, old, _ in made}}
+    params = {**whole, **{new: piece(params[old], part) for new, (_, old, part) in zip(names, made, strict=True)}}
+    new = nn.model(module, **module.example())
+    new = dataclasses.replace(new, family=model.family, config=model.config, source=model.source)
+    return Tuned(new, params, tuple(f"{name}/.*" for name in names[first:]))
