@@ -73,6 +73,7 @@ def test_the_recipe_follows_from_the_weights_the_task_and_the_data(home):
     run = runs.Run(config)
     assert run.classes == ("animals", "colours") and run.fields["num_labels"] == 2
     assert run.steps == 12 and run.fit_options()["eval_every"] == 6
+    assert sum(int((np.asarray(batch["labels"]) >= 0).sum()) for batch in run.loader("validation")) == 40  # all of the other file
 
 
 def test_training_begins_with_the_published_weights(home):

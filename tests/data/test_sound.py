@@ -72,3 +72,12 @@ def test_what_is_refused(name):
     record, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         data.transcribed(BYTES, seconds=0.1, target_length=4)(record, None)
+
+
+def test_rows_are_changed_in_training_alone():
+    read = data.transcribed(BYTES, seconds=0.2, target_length=4, augment="gain:6")
+    record = {"audio": {"array": TONE(16000), "sampling_rate": 16000}, "text": "hi"}
+    plain, changed = read(record, None)["waveform"], read(record, np.random.default_rng(0))["waveform"]
+    np.testing.assert_array_equal(plain[:1600], TONE(16000))
+    factor = changed[1:1600] / np.where(plain[1:1600] == 0, np.nan, plain[1:1600])
+    assert np.nanstd(factor) < 1e-5 and 0.5 < np.nanmean(factor) < 2 and abs(np.nanmean(factor) - 1) > 1e-3  # at most 6 dB either way
