@@ -35,13 +35,13 @@ import jax
 from bigflax import trees, weights
 from bigflax.nn import Model
 from bigflax.peft.composing import attach, combine, merge, split
-from bigflax.peft.matrices import adapters, dora, dropout, ia3, lora, quantized
+from bigflax.peft.matrices import ADAPTER_RULES, IA3_RULES, adapters, dora, dropout, ia3, lora, quantized
 from bigflax.peft.models import Tuned, bitfit, head_only, last_layers, prefix, prompt
 from bigflax.weights import Adapted, named_weights
 
 __all__ = [
-    "METHODS", "Tuned", "adapters", "attach", "bitfit", "combine", "create", "dora", "dropout", "head_only", "ia3", "last_layers", "lora", "merge", "method",
-    "prefix", "prompt", "quantized", "split",
+    "ADAPTER_RULES", "IA3_RULES", "METHODS", "Tuned", "adapters", "attach", "bitfit", "combine", "create", "dora", "dropout", "head_only", "ia3", "last_layers",
+    "lora", "merge", "method", "prefix", "prompt", "quantized", "split",
 ]  # fmt: skip
 
 
