@@ -202,6 +202,9 @@ def prepare(args: argparse.Namespace) -> None:
     if args.fake_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.fake_devices)
+        # XLA makes a thread a device. A convolution that ends on one of them starts the sum over devices there and waits in it: with no
+        # thread to spare a step may wait for ever, and XLA aborts the process after 40 s.
+        os.environ.setdefault("NPROC", str(2 * args.fake_devices))
     cache = jax.config.jax_compilation_cache_dir if args.cache is None else args.cache  # pyright: ignore[reportAttributeAccessIssue]
     if cache is None:
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bigflax", "xla")
