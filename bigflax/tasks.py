@@ -193,28 +193,42 @@ def token_classification(model: Model, *, classes: Sequence[str] | None = None) 
 
 
 def question_answering(model: Model, *, longest: int = 30) -> LossFn:
-    """Cross-entropy of `start_logits` and `end_logits` [B, T] over the first and the last token of the answer, `labels` [B, 2]; their mean.
+    """Cross-entropy of `start_logits` and `end_logits` [B, T] over the first and the last token of the answer, `labels` [B, 2]; their mean. A question
+    may be put to several windows of its context, rows [B, W, T] with labels [B, W, 2].
 
-    Metrics of the likeliest span of at most `longest` tokens: `exact_match`, and `f1`, the mean over questions of the overlap with the answer
-    (Rajpurkar et al. 2016, 1606.05250, section 6.1; theirs is of words, scores.py's too).
+    Metrics of the likeliest span of at most `longest` tokens in all windows: `exact_match`, and `f1`, the mean over questions of the overlap with
+    the answer (Rajpurkar et al. 2016, 1606.05250, section 6.1; theirs is of words, scores.py's too), within the window that the span is in. There
+    is no answer, 0 to 0, where every window says so more than it says any span (Devlin et al. 2018, 1810.04805, section 4.3).
     """
 
     def loss_fn(params, batch, rng=None):
-        out, labels_B2 = _outputs(model, params, batch, rng), batch["labels"]
+        W = 1 if batch["labels"].ndim == 2 else batch["labels"].shape[1]
+        labels_BW2 = batch["labels"].reshape(-1, W, 2)
+        rows = {name: x.reshape(-1, *x.shape[1 if W == 1 else 2 :]) for name, x in batch.items()}
+        out = _outputs(model, params, rows, rng)
         if not {"start_logits", "end_logits"} <= out.keys():
             raise ValueError(f"question answering needs start_logits and end_logits; this model gives {', '.join(out)}")
-        start_BT, end_BT = (
-            jnp.where(batch["attention_mask"] > 0, out[name].astype(jnp.float32), -1e30) for name in ("start_logits", "end_logits")
+        T = rows["attention_mask"].shape[-1]
+        mask_BWT = rows["attention_mask"].reshape(-1, W, T) > 0
+        start_BWT, end_BWT = (
+            jnp.where(mask_BWT, out[name].astype(jnp.float32).reshape(-1, W, T), -1e30) for name in ("start_logits", "end_logits")
         )
-        real_B, T = labels_B2[:, 0] != IGNORED, start_BT.shape[1]
-        losses_B = (losses.cross_entropy(start_BT, labels_B2[:, 0]) + losses.cross_entropy(end_BT, labels_B2[:, 1])) / 2
+        real_BW = labels_BW2[..., 0] != IGNORED
+        losses_BW = (losses.cross_entropy(start_BWT, labels_BW2[..., 0]) + losses.cross_entropy(end_BWT, labels_BW2[..., 1])) / 2
         length_TT = jnp.arange(T) - jnp.arange(T)[:, None]
-        both = jnp.where((length_TT >= 0) & (length_TT < longest), start_BT[:, :, None] + end_BT[:, None], -jnp.inf)
-        first_B, last_B = jnp.divmod(jnp.argmax(both.reshape(len(both), -1), -1), T)
-        shared_B = jnp.maximum(jnp.minimum(last_B, labels_B2[:, 1]) - jnp.maximum(first_B, labels_B2[:, 0]) + 1, 0)
-        f1_B = 2 * shared_B / (last_B - first_B + 1 + labels_B2[:, 1] - labels_B2[:, 0] + 1)
-        exact_B = (first_B == labels_B2[:, 0]) & (last_B == labels_B2[:, 1])
-        return Mean.of(losses_B, real_B), {"exact_match": Mean.of(exact_B, real_B), "f1": Mean.of(f1_B, real_B)}
+        spans_TT = (length_TT >= 0) & (length_TT < longest) & (jnp.arange(T)[:, None] > 0)  # 0 to 0 is none
+        both = jnp.where(spans_TT, start_BWT[..., None] + end_BWT[..., None, :], -jnp.inf).reshape(len(real_BW), -1)
+        window_B, span_B = jnp.divmod(jnp.argmax(both, -1), T * T)
+        first_B, last_B = jnp.divmod(span_B, T)
+        none_B = jnp.min(jnp.where(real_BW, start_BWT[..., 0] + end_BWT[..., 0], jnp.inf), -1) >= jnp.max(both, -1)
+        true_B2 = jnp.take_along_axis(labels_BW2, window_B[:, None, None], axis=1)[
+            :, 0
+        ]  # 0 to 0, which no span meets, where it is elsewhere
+        shared_B = jnp.maximum(jnp.minimum(last_B, true_B2[:, 1]) - jnp.maximum(first_B, true_B2[:, 0]) + 1, 0)
+        f1_B = 2 * shared_B / (last_B - first_B + 1 + true_B2[:, 1] - true_B2[:, 0] + 1)
+        answerless_B, real_B = jnp.all(labels_BW2[..., 1] <= 0, -1), real_BW.any(-1)
+        metrics = {"exact_match": (first_B == true_B2[:, 0]) & (last_B == true_B2[:, 1]), "f1": f1_B}
+        return Mean.of(losses_BW, real_BW), {name: Mean.of(jnp.where(none_B, answerless_B, x_B), real_B) for name, x_B in metrics.items()}
 
     return loss_fn
 

@@ -140,7 +140,7 @@ def tone(rng):
 KINDS = {
     "classification": (dict(name="bert", hidden_dropout_prob=0.0), dict(length=64, label="topic"), topic, {"accuracy", "macro_f1"}),
     "token_classification": (dict(name="bert"), dict(length=64), names, {"accuracy", "span_f1"}),
-    "question_answering": (dict(name="bert", max_position_embeddings=128), dict(length=72, stride=8), question, {"exact_match", "f1"}),
+    "question_answering": (dict(name="bert", max_position_embeddings=128), dict(length=72, stride=8, windows=4), question, {"exact_match", "f1"}),
     "sentence_embedding": (dict(name="bert"), dict(length=64), pair, {"accuracy"}),
     "seq2seq": (dict(name="t5"), dict(length=64, target_length=16), shouted, {"accuracy"}),
     "speech": (dict(name="whisper"), dict(seconds=1.0, target_length=8), tone, {"accuracy"}),

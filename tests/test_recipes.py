@@ -1,6 +1,8 @@
 """Recipes: what is said, what follows from signatures, what is refused."""
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,25 @@ def test_the_small_network_stays_small(variant):
     model = models.create(**{**said, "image_size": 28, "num_channels": 1})
     assert 70_000 < trees.count(model.shapes()) < 100_000
     assert create("image", config.data.augment).said and config.data.min_area == config.data.central == 1
+
+
+def test_the_pairs_of_held_out_articles_are_in_no_text_to_learn_from(tmp_path, monkeypatch):
+    """Of 300 articles, two topics: a test part of a tenth, more or less, its articles nowhere else; a rejected answer is another one's of the topic."""
+    articles = {
+        str(i): {"title": str(i), "extract": f"Thing {i} is one.", "description": f"Sort {i % 150}", "topic": "ab"[i % 2]}
+        for i in range(300)
+    }
+    (tmp_path / "articles").write_text(json.dumps(articles))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(recipes.find("preference"))["write"]("articles")
+    texts, train, test = (
+        [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()] for name in ("articles", "pairs-train", "pairs-test")
+    )
+    assert 10 < len(test) < 60 and len(train) + len(test) == 300
+    assert [pair["prompt"] + pair["chosen"] for pair in train] == [record["text"] for record in texts]
+    assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
+    of = lambda answer: int(answer.split()[-1]) % 2  # 150 is even, so the topic of every article of a description is the same
+    assert all(pair["chosen"] != pair["rejected"] and of(pair["chosen"]) == of(pair["rejected"]) for pair in train + test)
 
 
 def test_defaults_come_from_signatures_and_sizes():

@@ -160,30 +160,45 @@ def test_token_classification_counts_the_tokens_with_a_label():
         assert {*tasks.token_classification(GIVES(logits=jnp.asarray(logits)), classes=others)({}, batch)[1]} == {"accuracy"}
 
 
-def test_question_answering():
-    """Rows with an answer, without, and of padding; the likeliest span by going through all of them."""
-    rng, N = np.random.default_rng(0), 24
-    start, end = rng.normal(size=(2, N, 9)).astype(np.float32) * 3
-    mask = np.arange(9) < rng.integers(4, 10, N)[:, None]
-    labels = np.sort(rng.integers(0, 4, (N, 2)), axis=1)
-    labels[0], labels[-1] = 0, -100
-    model = GIVES(start_logits=jnp.asarray(start), end_logits=jnp.asarray(end))
-    batch = {"input_ids": mask, "attention_mask": jnp.asarray(mask, jnp.int32), "labels": jnp.asarray(labels)}
+@pytest.mark.parametrize("W", [1, 3])
+def test_question_answering(W):
+    """Questions with an answer in one window or more, without, and of padding, of windows too; the likeliest span by going through all of them."""
+    rng, N = np.random.default_rng(0), 40
+    start, end = rng.normal(size=(2, N, W, 9)).astype(np.float32) * 3
+    start[3:20, :, 0] = end[3:20, :, 0] = -3  # else no window is ever surer of a span than that there is none
+    mask = np.arange(9) < rng.integers(4, 10, (N, W))[..., None]
+    labels = np.sort(rng.integers(1, 4, (N, W, 2)), axis=-1)
+    labels[rng.random((N, W)) < 0.4] = 0
+    labels[0], labels[1:, 1:][rng.random((N - 1, W - 1)) < 0.3], labels[-1] = 0, -100, -100
+    mask &= labels[..., :1] >= 0
+    flat = lambda x: jnp.asarray(x).reshape(N * W, 9)
+    model = GIVES(start_logits=flat(start), end_logits=flat(end))
+    batch = {"input_ids": mask, "attention_mask": np.asarray(mask, np.int32), "labels": labels}
+    batch = {name: jnp.asarray(x if W > 1 else x[:, 0]) for name, x in batch.items()}
     for longest in (1, 3, 30):
         loss, metrics = tasks.create("question_answering", model, longest=longest)({}, batch)
         losses, exact, f1 = [], [], []
-        for s, e, real, (a, b) in zip(start[:-1].astype(float), end[:-1].astype(float), mask, labels, strict=False):
-            n = real.sum()
-            losses.append(np.mean([np.log(np.exp(x[:n]).sum()) - x[y] for x, y in ((s, a), (e, b))]))
-            spans = [(i, j) for i in range(n) for j in range(i, min(n, i + longest))]
-            i, j = max(spans, key=lambda span: s[span[0]] + e[span[1]])
-            said, true = {*range(i, j + 1)}, {*range(a, b + 1)}
-            exact.append(said == true)
-            f1.append(2 * len(said & true) / (len(said) + len(true)))
-        assert float(loss.value) == pytest.approx(np.mean(losses), rel=1e-5) and int(loss.count) == N - 1
+        for s, e, real, true in zip(start[:-1].astype(float), end[:-1].astype(float), mask, labels, strict=False):
+            spans, none = {}, []
+            for w in range(W):
+                if (n := real[w].sum()) == 0:
+                    continue
+                losses.append(np.mean([np.log(np.exp(x[w, :n]).sum()) - x[w, y] for x, y in zip((s, e), true[w], strict=True)]))
+                spans |= {(w, i, j): s[w, i] + e[w, j] for i in range(1, n) for j in range(i, min(n, i + longest))}
+                none.append(s[w, 0] + e[w, 0])
+            w, i, j = max(spans, key=spans.__getitem__)
+            answers = {w: {*range(a, b + 1)} for w, (a, b) in enumerate(true) if b > 0}
+            if min(none) >= spans[w, i, j]:
+                found = (not answers, not answers)
+            else:
+                said, right = {*range(i, j + 1)}, answers.get(w, set())
+                found = (said == right, 2 * len(said & right) / (len(said) + len(right)))
+            exact.append(found[0])
+            f1.append(found[1])
+        assert float(loss.value) == pytest.approx(np.mean(losses), rel=1e-5) and int(loss.count) == len(losses)
         got = float(metrics["exact_match"].value), float(metrics["f1"].value)
-        assert got == pytest.approx((np.mean(exact), np.mean(f1)), rel=1e-6)
-    sure = GIVES(start_logits=100.0 * jax.nn.one_hot(labels[:, 0], 9), end_logits=100.0 * jax.nn.one_hot(labels[:, 1], 9))
+        assert got == pytest.approx((np.mean(exact), np.mean(f1)), rel=1e-6) and 0 < got[0] < got[1] < 1
+    sure = GIVES(**{name: 100.0 * jax.nn.one_hot(labels[..., i].reshape(-1), 9) for i, name in enumerate(("start_logits", "end_logits"))})
     assert all(float(metric.value) == 1 for metric in tasks.question_answering(sure)({}, batch)[1].values())
 
 
@@ -277,7 +292,9 @@ def test_zero_shot():
     ],
 )
 def test_models_of_another_kind(task, outputs, message):
-    ids = {"input_ids": np.ones((5, 2, 3))} if task == "sentence_embedding" else {"labels": 0} if task != "contrastive" else {}
+    ids = (
+        {"input_ids": np.ones((5, 2, 3))} if task == "sentence_embedding" else {"labels": np.zeros((5, 2))} if task != "contrastive" else {}
+    )
     with pytest.raises(ValueError, match=message):
         tasks.create(task, GIVES(**outputs))({}, {"pixel_values": np.zeros((5, 2, 3)), **ids})
 

@@ -4,9 +4,9 @@
     {"question": ..., "context": ..., "answers": {"text": ["Ann"], "answer_start": [0]}}                    as SQuAD has it; or a list of such
 
 Places are characters in the records and tokens in the rows; the tokenizer says which lies where, so any kind of it will do.
-Left out on purpose: joining what is said of overlapping windows; a question's answer is learned, and measured, in one of them.
+Left out on purpose: more than one true answer; the first is meant.
 
-Legend: T length of a row.
+Legend: T length of a row, W windows of a context.
 """
 
 import re
@@ -91,22 +91,29 @@ def tagged_shapes(*, length: int, batch_size: int) -> Shapes:
 
 
 def answered(
-    tokenizer: Tokenizer, *, length: int, stride: int = 0, question: str = "question", context: str = "context", answers: str = "answers"
-) -> Read:
+    tokenizer: Tokenizer, *, length: int, stride: int = 0, windows: int = 1, question: str = "question", context: str = "context",
+    answers: str = "answers",
+) -> Read:  # fmt: skip
     """A question before the context that answers it: input_ids, attention_mask, token_type_ids [T]; labels [2], the first and the last token of
     the answer, both 0 where there is none.
 
-    A context too long for a row is read in windows that overlap by `stride` tokens, and one is chosen that holds the answer: drawn in training,
-    the first elsewhere; where none does, of all of them. So what an evaluation of rows says of long contexts is too good.
+    A context too long for a row is read in windows that overlap by `stride` tokens. In training one is drawn that holds the answer, or any where
+    none does. Elsewhere a model sees all of them, up to `windows`: input_ids ... [W, T], labels [W, 2], -100 where there is no further window; a
+    context that has more is a bad record. With `windows` 1 it sees the first that holds the answer alone, and what is said of long contexts is
+    too good.
     """
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
         line, span = text_of(record, context), _answer(record, context, answers)
-        windows = tokenizer.placed(text_of(record, question), line, length=length, stride=stride)
-        found = [(row, _inside(at, span)) for row, at in windows]
-        held = [one for one in found if one[1] is not None] or found
-        row, place = held[0 if rng is None else rng.integers(len(held))]
-        return {**row, "labels": np.array(place or (0, 0), np.int32)}
+        cut = tokenizer.placed(text_of(record, question), line, length=length, stride=stride)
+        found = [{**row, "labels": np.array(_inside(at, span) or (0, 0), np.int32)} for row, at in cut]
+        if rng is None and windows > 1:
+            if len(found) > windows:
+                raise ValueError(f"the context takes {len(found)} windows of {length} tokens, more than the {windows} of data.windows")
+            none = {name: np.full_like(row, IGNORED if name == "labels" else 0) for name, row in found[0].items()}
+            return {name: np.stack([one[name] for one in found + [none] * (windows - len(found))]) for name in none}
+        held = [one for one in found if one["labels"].any()] or found
+        return held[0 if rng is None else rng.integers(len(held))]
 
     return reader
 

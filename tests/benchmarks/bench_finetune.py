@@ -6,7 +6,8 @@
     ... --torch [--methods full lora]                           in turns with transformers (and PEFT), same batches, same weights at the start
 
 The texts are Wikipedia's first lines, shuffled once: 800 to test, the next ones to train on, 64 tokens each. Scores are those of the last evaluation,
-their mean and deviation over seeds; a step's time is the median of the logged ones, on a machine whose load is printed.
+their mean and deviation over seeds; steps are timed afterwards, those of all methods in turns. With `--work FOLDER` the runs stay there, and the same
+command goes on with what is missing.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import tempfile
 import time
 
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from report import spread, table
 
-from bigflax import adapters, hub, peft, recipes, runs, train, trees, writers
+from bigflax import adapters, hub, peft, recipes, runs, train, trees
 
 METHODS = ("full", "lora", "dora", "qlora", "ia3", "adapters", "prompt", "prefix", "bitfit", "head", "last")
 
@@ -45,7 +45,7 @@ def config_of(method: str, args: argparse.Namespace, folder: str):
     return recipes.resolve(
         recipes.load(f"finetune:{method}"),
         [f"work={folder}/{method}", f"model.source={args.weights}", f"data.source.path={folder}/train.jsonl", f"data.validation_source={validation}",
-         f"fit.epochs={args.epochs}", *args.set],
+         f"fit.epochs={args.epochs}", "fit.eval_every=1000000", *args.set],
     )  # fmt: skip
 
 
@@ -58,26 +58,51 @@ def size_of(run: runs.Run, folder: str) -> str:
     return trees.human(trees.nbytes(run.state_like().params), "B", 1024) + " of weights"
 
 
-def methods(args: argparse.Namespace, folder: str) -> None:
-    rows, full = [], None
+def scores_of(method: str, args: argparse.Namespace, folder: str) -> tuple[str, ...]:
+    """A row of the table: what the method scored, trained and left."""
+    config = config_of(method, args, folder)
+    runs.train_seeds(config, args.seeds, say=lambda text: None)
+    with open(os.path.join(config.work, "seeds.json")) as file:
+        scores = json.load(file)
+    run = runs.Run(config)
+    state, spread_of = (
+        run.state_like(),
+        lambda name, form: " +- ".join(format(scores[f"eval/{name}"][x], form) for x in ("mean", "deviation")),
+    )
+    return (
+        method, spread_of("accuracy", ".2%"), spread_of("macro_f1", ".3f"), f"{trees.count(state.params):,}",
+        trees.human(trees.nbytes(state.opt), "B", 1024), size_of(run, config.work),
+    )  # fmt: skip
+
+
+def step_times(args: argparse.Namespace, folder: str) -> dict[str, tuple[float, str]]:
+    """method -> (median milliseconds of a step, the first method's time over its own, step by step), all of them in turns."""
+    steps, times = {}, {method: [] for method in args.methods}
     for method in args.methods:
-        config = config_of(method, args, folder)
-        runs.train_seeds(config, args.seeds, say=lambda text: None)
-        with open(os.path.join(config.work, "seeds.json")) as file:
-            scores = json.load(file)
-        history = [r for seed in range(args.seeds) for r in writers.read_jsonl(os.path.join(config.work, f"seed{seed}", "metrics.jsonl"))]
-        times = [record["step_time"] for record in history if "step_time" in record]
-        run = runs.Run(config)
-        state = run.state_like()
-        accuracy, f1 = scores["eval/accuracy"], scores["eval/macro_f1"]
-        full = full or accuracy["mean"]
-        rows.append((
-            method, f"{accuracy['mean']:.2%} +- {accuracy['deviation']:.2%}", f"{accuracy['mean'] / full:.1%}", f"{f1['mean']:.3f} +- {f1['deviation']:.3f}",
-            f"{trees.count(state.params):,}", trees.human(trees.nbytes(state.opt), "B", 1024), f"{1e3 * statistics.median(times):.0f} ms",
-            size_of(run, os.path.join(folder, method)),
-        ))  # fmt: skip
+        run = runs.Run(config_of(method, args, folder))
+        state = run.init_state()
+        steps[method] = [train.train_step(run.loss_fn, run.tx, state), state]
+    with run.loader("train") as loader:
+        for _ in range(args.rounds + 1):
+            batch = next(loader)
+            for method, (step, state) in steps.items():
+                began = time.perf_counter()
+                steps[method][1], seen = step(state, batch)
+                jax.block_until_ready((steps[method][1], seen))
+                times[method].append(time.perf_counter() - began)
+    seconds = {method: np.array(found[1:]) for method, found in times.items()}  # the first compiles
+    first = seconds[args.methods[0]]
+    return {method: (1e3 * float(np.median(found)), spread(list(first / found))) for method, found in seconds.items()}
+
+
+def methods(args: argparse.Namespace, folder: str) -> None:
+    rows = []
+    for method in args.methods:
+        rows.append(scores_of(method, args, folder))
         print(*rows[-1], sep=" | ", flush=True)
-    head = ("method", "accuracy", "of the first's", "macro F1", "trained", "optimizer", "a step", "file")
+    took = step_times(args, folder)
+    rows = [(*row, f"{took[row[0]][0]:.0f} ms", took[row[0]][1]) for row in rows]
+    head = ("method", "accuracy", "macro F1", "trained", "optimizer", "file", "a step", f"{args.methods[0]}'s / its")
     table(f"{args.train} texts, {args.epochs} epochs, {args.seeds} seeds", head, rows)
 
 
@@ -185,10 +210,13 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1800)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each method that are timed")
+    parser.add_argument("--work", help="where the runs are kept; else they go")
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+        os.makedirs(folder, exist_ok=True)
         write_texts(args.texts, folder, args.train)
         (beside_torch if args.torch else methods)(args, folder)
 

@@ -118,6 +118,23 @@ def test_windows_cover_the_context_and_overlap():
     assert all((row["input_ids"][:4] == [*b"who?"]).all() for row, _ in rows)
 
 
+@pytest.mark.parametrize("length, held", [(200, [1, 0, 0, 0, 0, 0]), (64, [1, 1, 0, 0, 0, 0])])
+def test_elsewhere_than_in_training_all_windows_are_read(length, held):
+    """As many rows as `windows`, those of a window that there is not empty; the answer is in each window that holds all of it."""
+    record = {"question": "who?", "context": CONTEXT, "answers": [{"text": "lives", "answer_start": 8 if length == 200 else 36}]}
+    rows = data.answered(BYTES, length=length, stride=20, windows=6)(record, None)
+    cut = BYTES.placed("who?", CONTEXT, length=length, stride=20)
+    assert {name: row.shape for name, row in rows.items()} == {name: (6, length) for name in cut[0][0]} | {"labels": (6, 2)}
+    for i, (first, last) in enumerate(rows["labels"]):
+        if i < len(cut):
+            np.testing.assert_array_equal(rows["input_ids"][i], cut[i][0]["input_ids"])
+            assert ([*rows["input_ids"][i][first : last + 1]] == [*b"lives"]) == (first > 0)
+        else:
+            assert (first, last) == (-100, -100) and not rows["attention_mask"][i].any()
+    assert [*(rows["labels"][:, 0] > 0)] == held
+    assert data.answered(BYTES, length=length, stride=20, windows=6)(record, np.random.default_rng(0))["labels"].shape == (2,)
+
+
 def test_no_answer_is_the_first_place():
     for answers in ([], {"text": [], "answer_start": []}):
         row = data.answered(BYTES, length=40, stride=10)({"question": "who?", "context": CONTEXT, "answers": answers}, None)
@@ -130,6 +147,8 @@ REFUSED = {
     "an unknown tag": (data.tagged(BYTES, CLASSES, length=9), {"tokens": ["a"], "tags": ["B-ORG"]}, "label 'B-ORG' is none of the 5 classes"),
     "another place": (data.answered(BYTES, length=9), {"question": "w", "context": "abc", "answers": [{"text": "c", "answer_start": 1}]},
                       "the answer 'c' does not stand at character 1 of 'context'"),
+    "too many windows": (data.answered(BYTES, length=9, windows=2), {"question": "w", "context": "abc" * 9, "answers": []},
+                         "the context takes 4 windows of 9 tokens, more than the 2 of data.windows"),
     "a long question": (data.answered(BYTES, length=9, stride=4), {"question": "w" * 6, "context": "abc", "answers": []},
                         "a length of 9 tokens leaves 3 beside a text of 6: windows that overlap by 4 take more"),
 }  # fmt: skip
