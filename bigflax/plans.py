@@ -6,7 +6,6 @@ process free to answer with the estimate at once. It speaks in lines: {"say": "c
 
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import os
@@ -40,9 +39,8 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     sharding.check_batch(config.data.batch_size, mesh)
     loss_fn = tasks.create(**config.task, model=run.model)
     state = run.state_like()
-    shapes = run.kind.shapes(**{name: config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
     where = sharding.batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for name, x in run.batch_shapes().items()}
     step = train.train_step(loss_fn, run.tx, state, seed=config.seed, table=run.table, **config.step)
     return Parts(step, state, batch, loss_fn, run.model.axes)
 

@@ -33,7 +33,7 @@ import numpy as np
 from bigflax import losses, ops, trees
 from bigflax.metrics import Mean
 from bigflax.nn import Model
-from bigflax.sharding import constrain, replicated, tracing_on
+from bigflax.sharding import TABLE, Table, constrain, replicated, tracing_on
 from bigflax.weights import Adapted, is_typed, named_weights
 
 LossFn = Callable[..., tuple[Any, ...]]
@@ -77,6 +77,21 @@ def pair_shapes(*, length: int, batch_size: int) -> dict[str, jax.ShapeDtypeStru
     """Shapes and dtypes of a batch of `pairs`, known without a source."""
     rows = {f"{side}_{name}": length for side in SIDES for name in ("input_ids", "labels", "attention_mask")}
     return {name: jax.ShapeDtypeStruct((batch_size, n), np.int32) for name, n in {**rows, "record": 2}.items()}
+
+
+def compared(
+    tokenizer: Any, reference: Mapping[str, np.ndarray] | None = None, *, length: int, prompt: str = "prompt", chosen: str = "chosen",
+    rejected: str = "rejected",
+) -> Any:  # fmt: skip
+    """`pairs`, each `with_reference` where there is one to be asked before training: the reader of `dpo`."""
+    read = pairs(tokenizer, length=length, prompt=prompt, chosen=chosen, rejected=rejected)
+    return read if reference is None else lambda record, rng=None: with_reference(read(record), reference)
+
+
+def compared_shapes(*, length: int, batch_size: int, reference: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Those of `compared`, with a reference or without."""
+    said = {f"reference_{side}": jax.ShapeDtypeStruct((batch_size,), np.float32) for side in SIDES if reference}
+    return pair_shapes(length=length, batch_size=batch_size) | said
 
 
 def _both(batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None, jax.Array]:
@@ -176,13 +191,14 @@ def bare(params: Any) -> Any:
 
 
 def reference_log_probs(
-    model: Model, params: Any, batches: Iterable[Any], *, mesh: jax.sharding.Mesh | None = None, chunk: int | None = None
-) -> dict[str, np.ndarray]:
+    model: Model, params: Any, batches: Iterable[Any], *, mesh: jax.sharding.Mesh | None = None, table: Table = TABLE,
+    chunk: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """{"record": int64 [N] in ascending order, "chosen", "rejected": float32 [N]}, of every pair of the batches once: arrays to keep (`np.savez`),
     whose pairs are found by what they say, in whatever order and batches they come."""
 
     def step(params, batch):
-        with tracing_on(mesh):
+        with tracing_on(mesh, table):
             return batch["record"], *_log_probs(model, params, batch, None, chunk)
 
     compiled = jax.jit(step, out_shardings=None if mesh is None else replicated(mesh))

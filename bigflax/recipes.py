@@ -88,7 +88,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = data_kind(model["name"], task)
     # None: what the data say, unless published weights have it already
     follows = {name: None for name in kind.follows if name in model and (source is None or name == "num_labels")}
-    reader = {} if kind.reader is None else _keywords(kind.reader, "tokenizer", "classes", "num_labels")
+    reader = {} if kind.reader is None else _keywords(kind.reader, "tokenizer", "classes", "num_labels", "reference")
     if kind.reader is not None and "classes" in inspect.signature(kind.reader).parameters:
         reader["classes"] = None
     epochs = (config.get("fit") or {}).get("epochs")

@@ -2,12 +2,14 @@
 
 `Run` builds tokenizer, loaders, model, optimizer and loss from a config; `train_run` starts or resumes it in its work folder, which holds
 
-    checkpoints/  tokenizer/  metrics.jsonl  tensorboard/  quarantine.jsonl  loss.png  summary.json
+    checkpoints/  tokenizer/  metrics.jsonl  tensorboard/  quarantine.jsonl  reference.npz  loss.png  summary.json
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import os
 import time
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import adapters, chips, data, hub, models, optim, peft, recipes, sharding, summaries, tasks, train, trees, xla
+from bigflax import adapters, chips, data, hub, models, optim, peft, preference, recipes, sharding, summaries, tasks, train, trees, xla
 from bigflax.checkpoint import Checkpoints
 from bigflax.data.quality import Quality
 from bigflax.generate import check as check_generate
@@ -131,8 +133,13 @@ class Run:
             made.save(kept)
         return made
 
-    def loader(self, split: str) -> data.Loader:
-        """Endless for "train"; one pass over "validation"."""
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch to train on, known without a source."""
+        takes = inspect.signature(self.kind.shapes).parameters
+        return self.kind.shapes(**{name: self.tuned is None if name == "reference" else self.config.data[name] for name in takes})
+
+    def loader(self, split: str, *, once: bool = False) -> data.Loader:
+        """Endless for "train", unless `once`, when the reference is made; one pass over "validation"."""
         # one pass packs its rows best as one shard, which is its default
         here = ("workers", "shards") if self.kind.packed and split != "train" else ()
         sources, part = self.split(split)
@@ -148,18 +155,41 @@ class Run:
             mine |= {"classes": self.classes} if "classes" in takes else {}
             mine |= {"num_labels": self.fields.get("num_labels")} if "num_labels" in takes else {}
             identity = mine | {name: tokenizer.fingerprint for name, tokenizer in words.items()}
-            given = {"read": self.kind.reader(**words, **mine), "identity": identity, **packed}
+            asked = {"reference": self.reference} if "reference" in takes and not once else {}
+            given = {"read": self.kind.reader(**words, **mine, **asked), "identity": identity, **packed}
         return self.kind.batches(
             sources,
             **given,
             validation_fraction=part,
             split=split,
             seed=self.config.seed,
-            repeat=split == "train",
+            repeat=split == "train" and not once,
             mesh=self.mesh,
             quality=self.quality,
             **options,
         )
+
+    @functools.cached_property
+    def reference(self) -> dict[str, np.ndarray] | None:
+        """What the weights that training begins with say of all pairs (preference.py), kept in the work folder; None where adapters leave these
+        weights as they are."""
+        if self.tuned is not None:
+            return None
+        kept = open_path(os.path.join(self.work, "reference.npz")) if self.work else None
+        if kept is not None and kept.exists():
+            with kept.open("rb") as file:
+                return dict(np.load(file))
+        loaders = [self.loader(split, once=True) for split in ("train", "validation")]
+        with contextlib.ExitStack() as stack:
+            batches = itertools.chain(*[stack.enter_context(loader) for loader in loaders])
+            found = preference.reference_log_probs(
+                self.model, self.init_state().weights, batches, mesh=self.mesh, table=self.table, chunk=self.config.task.chunk
+            )
+        if kept is not None and jax.process_index() == 0:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with kept.open("wb") as file:
+                np.savez(file, allow_pickle=False, **found)
+        return found
 
     @functools.cached_property
     def base(self) -> models.nn.Model:

@@ -348,7 +348,7 @@ TASKS = {
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
     "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
     "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
-    "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.pairs, preference.pair_shapes)}),
+    "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.compared, preference.compared_shapes)}),
     "reward": Task(preference.reward, {"input_ids": data.reading(preference.pairs, preference.pair_shapes, classes=1)}, SCORES),
 }
 

@@ -1,6 +1,5 @@
 """Fine-tuning by recipe: published weights, labelled text, a task of one's own, repeated seeds."""
 
-import inspect
 import json
 import re
 
@@ -172,7 +171,7 @@ QUICK = ("token_classification", "seq2seq", "chat")
 def test_every_kind_of_record_is_learned(task, tmp_path):
     """From a recipe to the first steps: the batch is what was known without a source, and five steps on it lower its loss."""
     run, batch, spec = opened(task, tmp_path)
-    shapes = run.kind.shapes(**{name: run.config.data[name] for name in inspect.signature(run.kind.shapes).parameters})
+    shapes = run.batch_shapes()
     assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {name: (x.shape, x.dtype) for name, x in spec.items()}
 
     def loss(params):
@@ -360,21 +359,35 @@ def test_preferences_by_recipe(home):
     assert metrics["margin"] == pytest.approx(0, abs=1e-6) and metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
     run = preferences(home, task=dict(name="reward"))
     assert run.fields["num_labels"] == 1 and np.isfinite(one_step(run)[1]["margin"])
-    with pytest.raises(ValueError, match=r"preferences are learned against a reference: fine-tune adapters"):
-        one_step(preferences(home, task=dict(name="dpo"), model=decoder))
+
+
+def test_a_reference_is_asked_once_where_all_weights_train(home, tmp_path, monkeypatch):
+    """It is what the step's own reference would say, of both splits, is kept, and is what a run that goes on reads again."""
+    decoder = dict(source=str(home / "decoder"))
+    run = preferences(home, work=str(tmp_path), task=dict(name="dpo"), model=decoder)
+    _, metrics = one_step(run)
+    assert metrics["margin"] == pytest.approx(0, abs=1e-6) and metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert {name: (x.shape, x.dtype) for name, x in run.batch_shapes().items()} == {
+        name: (x.shape, x.dtype) for name, x in run.loader("train").spec.items()
+    }
+    pairs = {json.dumps(json.loads(line), sort_keys=True) for line in (home / "pairs.jsonl").read_text().splitlines()}
+    assert run.reference is not None and len(run.reference["record"]) == len(pairs)
+    again = preferences(home, work=str(tmp_path), task=dict(name="dpo"), model=decoder)
+    monkeypatch.setattr(runs.Run, "init_state", None)  # the weights that it was asked of are gone
+    jax.tree.map(np.testing.assert_array_equal, run.reference, again.reference)
 
 
 @pytest.mark.slow
-def test_preferences_train_by_recipe(home):
-    """A whole run of DPO over an adapter: held-out pairs are told apart, and by a margin."""
+@pytest.mark.parametrize("peft", [dict(name="lora", rules=[("blocks/.*", 4)]), {}], ids=["lora", "full"])
+def test_preferences_train_by_recipe(home, peft, tmp_path):
+    """A whole run of DPO: held-out pairs are told apart, and by a margin."""
     said = preferences(
-        home, work=str(home / "dpo"), task=dict(name="dpo", beta=1.0), model=dict(source=str(home / "decoder")),
-        peft=dict(name="lora", rules=[("blocks/.*", 4)]),
-    ).config.copy_and_resolve_references()  # fmt: skip
+        home, work=str(tmp_path / "dpo"), task=dict(name="dpo", beta=1.0), model=dict(source=str(home / "decoder")), peft=peft
+    ).config.copy_and_resolve_references()
     with said.unlocked():
         said.fit.epochs, said.fit.steps, said.data.validation_fraction, said.fit.eval_every = 8, None, 0.3, 10
     assert runs.train_run(said, say=lambda text: None) == 0
-    summary = json.loads((home / "dpo" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "dpo" / "summary.json").read_text())
     assert summary["eval/accuracy"] >= 0.9 and summary["eval/margin"] > 0.1
 
 
