@@ -17,17 +17,17 @@ from ml_collections import ConfigDict
 MATRICES = "blocks.*/attention/(q|k|v|out)|blocks.*/mlp/(gate|up|down)"
 #           peft, learning rate: few weights, which begin at zero, take a larger one
 VARIANTS = {
-    "full": ({}, 1e-4),
-    "lora": (dict(name="lora", rules=[("blocks.*/attention/(q|v)", 8)], alpha=16.0), 1e-3),
-    "dora": (dict(name="dora", rules=[("blocks.*/attention/(q|v)", 8)], alpha=16.0), 1e-3),
-    "qlora": (dict(name="lora", rules=[(MATRICES, 8)], alpha=16.0, base="nf4"), 5e-4),
-    "ia3": (dict(name="ia3"), 5e-3),
-    "adapters": (dict(name="adapters", rules=[("blocks.*/mlp/down", 32)]), 1e-3),
-    "prompt": (dict(name="prompt", tokens=16), 5e-3),
-    "prefix": (dict(name="prefix", tokens=16), 5e-3),
-    "bitfit": (dict(name="bitfit"), 1e-3),
-    "head": (dict(name="head_only"), 5e-3),
-    "last": (dict(name="last_layers", layers=2), 2e-4),
+    "full": ({}, 3e-4),
+    "lora": (dict(name="lora", rules=[("blocks.*/attention/(q|v)", 8)], alpha=16.0), 2e-3),
+    "dora": (dict(name="dora", rules=[("blocks.*/attention/(q|v)", 8)], alpha=16.0), 2e-3),
+    "qlora": (dict(name="lora", rules=[(MATRICES, 8)], alpha=16.0, base="nf4"), 1e-3),
+    "ia3": (dict(name="ia3"), 1e-2),
+    "adapters": (dict(name="adapters", rules=[("blocks.*/mlp/down", 32)]), 2e-3),
+    "prompt": (dict(name="prompt", tokens=16), 1e-2),
+    "prefix": (dict(name="prefix", tokens=16), 1e-2),
+    "bitfit": (dict(name="bitfit"), 4e-3),
+    "head": (dict(name="head_only"), 1e-2),
+    "last": (dict(name="last_layers", layers=2), 5e-4),
 }
 
 
