@@ -90,7 +90,8 @@ def _decode(model, params, encoder, prompt, mask, rng, max_new_tokens, temperatu
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     decoder, its = _decoder(model), "decoder_" if isinstance(model.module, Seq2Seq) else ""
     run = lambda tokens_BT, **more: model.apply(params, **{f"{its}input_ids": tokens_BT, **more})
-    cache = empty_cache(decoder, B, T + max_new_tokens, decoder.embed.dtype)
+    length = T + max_new_tokens
+    cache = empty_cache(decoder, B, length, decoder.embed.dtype) if model.begin is None else model.begin(params, B, length)
     out = run(prompt, **encoder, **{f"{its}attention_mask": mask, f"{its}position_ids": positions}, cache=cache)
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
 

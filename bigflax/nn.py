@@ -136,6 +136,9 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str | None = None  # the folder it was loaded from
     shaped: Any = None
+    begin: Callable[[Any, int, int], Any] | None = (
+        None  # (params, batch, length) -> the cache that decoding begins with; None: an empty one
+    )
 
     def shapes(self) -> Any:
         """The tree of ShapeDtypeStructs that `init` would make."""

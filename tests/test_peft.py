@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from bigflax import Checkpoints, hub, models, ops, optim, peft, sharding, tasks, train, trees, weights
 from bigflax.flops import count_flops
+from bigflax.generate import generate
 
 KEY = jax.random.key(0)
 B, T, P = 8, 12, 3
@@ -264,6 +265,31 @@ def test_words_as_a_prefix_are_the_words_of_a_decoder(family):
     np.testing.assert_array_equal(moved, got["logits"])
 
 
+@pytest.mark.parametrize("family, method", [("gpt2", "prefix"), ("gpt2", "prompt"), ("llama", "prefix")])
+def test_what_stands_before_a_text_stands_before_what_is_written(family, method):
+    """Decoding with a cache writes what the same model says token by token without one, behind padding too."""
+    model, params = made(family)
+    tuned = peft.create(method, model, params, rng=KEY, tokens=P)
+    params = jax.tree.map(
+        lambda leaf, trains: 8 * leaf if trains else leaf, tuned.params, weights.trains(tuned.params, tuned.freeze, tuned.model.axes)
+    )
+    ids, run = jnp.asarray(inputs_of(family)["input_ids"]), compiled(tuned.model)
+    text = ids
+    for _ in range(3):
+        text = jnp.concatenate([text, run(params, {"input_ids": text})["logits"][:, -1:].argmax(-1)], axis=1)
+    got = generate(tuned.model, params, ids, max_new_tokens=3, temperature=0)
+    np.testing.assert_array_equal(got, text[:, T:])
+    padded, mask = jnp.pad(ids, ((0, 0), (2, 0))), jnp.pad(jnp.ones_like(ids), ((0, 0), (2, 0)))
+    np.testing.assert_array_equal(generate(tuned.model, params, padded, attention_mask=mask, max_new_tokens=3, temperature=0), got)
+    plain = generate(model, made(family)[1], ids, max_new_tokens=3, temperature=0)
+    assert not np.array_equal(got, plain)  # else nothing of it was there
+    if family == "gpt2":
+        with pytest.raises(
+            ValueError, match=f"tokens behind a {method} of {P} are more than the {model.config['n_positions']} learned positions"
+        ):
+            generate(tuned.model, params, ids, max_new_tokens=model.config["n_positions"] - T, temperature=0)
+
+
 def test_an_encoder_sees_a_prefix_and_no_padding():
     model, params = made("bert")
     tuned, inputs = peft.prefix(model, params, P, rng=KEY), inputs_of("bert")
@@ -373,7 +399,6 @@ MISTAKES = {
     "activation": (lambda: rules("adapters", [(".*/mlp/down", 4)], act="reluu"), "no activation 'reluu'; there are 'relu"),
     "dropout": (lambda: peft.dropout(lambda *_: 0.0, 1.0), "no probability below 1"),
     "a prompt of packed rows": (lambda: refused("prompt", segment_ids=jnp.ones((1, 4), int)), "segment_ids cannot be given with it"),
-    "a prefix and a cache": (lambda: refused("prefix", cache={}), "cache cannot be given with it"),
     "a prefix of another model": (other_prefix, r"a prefix \(5, 3, 4, 16\) is for another model: this one has 2 layers"),
     "a prompt for pairs": (lambda: peft.prompt(*t5(), P, rng=KEY), "a model that reads one text"),
     "a prefix for images": (lambda: peft.prefix(*vit(), P, rng=KEY), "a model that reads one text"),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import nn, ops, trees, weights
+from bigflax.models.transformer import empty_cache
 from bigflax.nn import Model
 from bigflax.peft.matrices import key_of
 from bigflax.weights import shape
@@ -46,8 +47,8 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
     """The model with `tokens` learned rows in front of every text; they begin as the table's rows of `words`, ids [P], or of random ones.
 
     The rows are ids V to V + P - 1 of a longer table, so the model computes as if they were text: positions begin with them, and a head that looks at
-    the first position looks at the first of them. Their places do not appear in what comes out. To generate, put these ids in front of the
-    text and use the model that was given here. Packed rows (segment_ids) and caches are refused.
+    the first position looks at the first of them. Their places do not appear in what comes out. A cache is one that began with them (Model.begin), as
+    `generate` makes it. Packed rows (segment_ids) are refused.
     """
     _text(model, params, "a prompt")
     V = shape(params["embed"]["tokens"])[0]
@@ -57,19 +58,43 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         made = weights.prompted(params["embed"]["tokens"], ops.take(params["embed"]["tokens"], chosen, jnp.float32))
         return {**params, "embed": {**params["embed"], "tokens": made}}
 
+    tokens_of = lambda params: V + jnp.arange(weights.rows(params["embed"]["tokens"]) - V)
+
+    def begin(params, batch, length):
+        ids_P = tokens_of(params)
+        _fits(model, "a prompt", len(ids_P), length)
+        cache = empty_cache(model.module, batch, len(ids_P) + length, model.module.embed.dtype)
+        ids = jnp.broadcast_to(ids_P, (batch, len(ids_P)))
+        return model.apply(params, input_ids=ids, attention_mask=jnp.ones_like(ids), cache=cache)["cache"]
+
     def apply(params, *, rng=None, **inputs):
         _refuse(inputs, "a prompt")
+        if inputs.get("cache") is not None:
+            return model.apply(params, rng=rng, **_moved(inputs, len(tokens_of(params))))
         given = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if name in inputs}
         given = {name: x for name, x in given.items() if x is not None}
-        at_P = jnp.arange(weights.rows(params["embed"]["tokens"]) - V)
-        front = {"input_ids": V + at_P, "attention_mask": at_P * 0 + 1, "token_type_ids": at_P * 0, "position_ids": at_P}
-        if "position_ids" in given:
-            given["position_ids"] = given["position_ids"] + len(at_P)
+        ids_P = tokens_of(params)
+        at_P = ids_P - V
+        front = {"input_ids": ids_P, "attention_mask": at_P * 0 + 1, "token_type_ids": at_P * 0, "position_ids": at_P}
+        given = _moved(given, len(at_P))
         join = lambda x, row_P: jnp.concatenate([jnp.broadcast_to(row_P, (len(x), len(row_P))).astype(x.dtype), x], axis=1)
         out = model.apply(params, rng=rng, **{name: join(jnp.asarray(x), front[name]) for name, x in given.items()}, **inputs)
         return _behind(out, len(at_P))
 
-    return Tuned(_wrapped(model, add, apply, model.axes), add(params), (r"embed/tokens/prompt",))
+    return Tuned(_wrapped(model, add, apply, model.axes, begin), add(params), (r"embed/tokens/prompt",))
+
+
+def _fits(model: Model, what: str, tokens: int, length: int) -> None:
+    """Raises ValueError where a text behind so many tokens has no positions."""
+    limit = getattr(model.module.embed, "positions", 0)
+    if limit and tokens + length > limit:
+        raise ValueError(f"{length} tokens behind {what} of {tokens} are more than the {limit} learned positions; cut the sequences")
+
+
+def _moved(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The inputs with positions, where they are given, that begin behind so many tokens."""
+    given = inputs.get("position_ids")
+    return inputs if given is None else {**inputs, "position_ids": given + tokens}
 
 
 def _behind(out: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -90,7 +115,7 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
 
     They begin near zero, or as what the `words`, ids [P], leave in the layers. The wrapped `apply` hands them to the model as a cache, so that the text's
     positions begin at P, `position_ids` that are given are moved by as many, and `attention_mask` speaks of the text alone; an encoder sees them from
-    everywhere. Packed rows (segment_ids), caches, which generation needs, and stages of a pipeline are refused.
+    everywhere. A cache is one that began with them (Model.begin), as `generate` makes it. Packed rows (segment_ids) and stages of a pipeline are refused.
     """
     _text(model, params, "a prefix")
     blocks = [block for group in model.module.groups for block in group.blocks]
@@ -115,25 +140,26 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
             params, input_ids=_words(words, tokens, weights.rows(params["embed"]["tokens"]))[None], cache=cache_of(none, none, 1, tokens)
         )
         made = {name: seen["cache"][name][:, 0].astype(jnp.float32) for name in ("k", "v")}
-    limit = getattr(model.module.embed, "positions", 0)
 
-    def apply(params, *, rng=None, **inputs):
-        _refuse(inputs, "a prefix")
-        k_LPKH, v_LPKH, (B, T) = params["prefix"]["k"], params["prefix"]["v"], inputs["input_ids"].shape
+    def begin(params, batch, length):
+        k_LPKH, v_LPKH = params["prefix"]["k"], params["prefix"]["v"]
         P = k_LPKH.shape[1]
         if k_LPKH.shape != (L, P, K, H):
             raise ValueError(f"a prefix {k_LPKH.shape} is for another model: this one has {L} layers with {K} heads of {H} for keys")
-        if limit and P + T > limit:
-            raise ValueError(f"{T} tokens behind a prefix of {P} are more than the {limit} learned positions; cut the sequences")
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + P
+        _fits(model, "a prefix", P, length)
+        return cache_of(k_LPKH, v_LPKH, batch, length)
+
+    def apply(params, *, rng=None, **inputs):
+        _refuse(inputs, "a prefix")
+        cache = inputs.pop("cache", None)
         own = {name: leaf for name, leaf in params.items() if name != "prefix"}
-        out = model.apply(own, rng=rng, cache=cache_of(k_LPKH, v_LPKH, B, T), **inputs)
-        return {name: x for name, x in out.items() if name != "cache"}
+        inside = begin(params, *inputs["input_ids"].shape) if cache is None else cache
+        out = model.apply(own, rng=rng, cache=inside, **_moved(inputs, params["prefix"]["k"].shape[1]))
+        return {name: x for name, x in out.items() if name != "cache" or cache is not None}
 
     axes = {**model.axes, "prefix": dict.fromkeys(made, "layers | _ kv_heads head_dim")}
     add = lambda params: {**params, "prefix": made}
-    return Tuned(_wrapped(model, add, apply, axes), add(params), (r"prefix/[kv]",))
+    return Tuned(_wrapped(model, add, apply, axes, begin), add(params), (r"prefix/[kv]",))
 
 
 def _text(model: Model, params: Any, what: str) -> None:
@@ -151,14 +177,13 @@ def _words(words: Any, tokens: int, V: int) -> Array:
 
 
 def _refuse(inputs: Mapping[str, Any], what: str) -> None:
-    for name in ("segment_ids", "cache"):
-        if inputs.get(name) is not None:
-            raise ValueError(f"{what} stands before one text a row and makes no cache: {name} cannot be given with it")
+    if inputs.get("segment_ids") is not None:
+        raise ValueError(f"{what} stands before one text a row: segment_ids cannot be given with it")
 
 
-def _wrapped(model: Model, add: Callable[[Any], Any], apply: Callable[..., Any], axes: Any) -> Model:
+def _wrapped(model: Model, add: Callable[[Any], Any], apply: Callable[..., Any], axes: Any, begin: Callable[..., Any]) -> Model:
     init = lambda rng: add(model.init(rng))
-    return dataclasses.replace(model, init=init, apply=apply, axes=axes, shaped=jax.eval_shape(add, model.shapes()))
+    return dataclasses.replace(model, init=init, apply=apply, axes=axes, shaped=jax.eval_shape(add, model.shapes()), begin=begin)
 
 
 def bitfit(model: Model, params: Any) -> Tuned:
