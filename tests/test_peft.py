@@ -250,6 +250,28 @@ def test_words_as_a_prompt_are_the_words(family):
     np.testing.assert_array_equal(moved["logits"], got["logits"])
 
 
+@pytest.mark.parametrize("family, head", [("t5", "seq2seq_lm"), ("bart", "sequence_classification"), ("bart", "question_answering")])
+def test_words_as_a_prompt_of_a_pair_are_the_encoders(family, head):
+    """A decoder that has no text of its own reads the encoder's again, words and all; what it writes with a cache is what it writes without."""
+    model = models.create(family, size="tiny", head=head)
+    params, words, inputs = jax.jit(model.init)(KEY), jnp.array([7, 8, 9]), inputs_of("llama")
+    own = {"decoder_input_ids": inputs["input_ids"][:, :5]} if head == "seq2seq_lm" else {}
+    tuned = peft.prompt(model, params, P, rng=KEY, words=words)
+    front = {"input_ids": words, "attention_mask": words * 0 + 1}
+    whole = {name: jnp.concatenate([jnp.broadcast_to(front[name], (B, P)), x], 1) for name, x in inputs.items()}
+    run = lambda model, params, inputs: jax.jit(lambda params, inputs: model.apply(params, hidden_states=True, **inputs))(params, inputs)
+    want, got = run(model, params, whole | own), run(tuned.model, tuned.params, inputs | own)
+    cut = lambda x: x if own or x.shape[1] != P + T else x[:, P:]
+    np.testing.assert_array_equal(got["encoder_last_hidden_state"], want["encoder_last_hidden_state"][:, P:])
+    np.testing.assert_array_equal(got["encoder_hidden_states"][1], want["encoder_hidden_states"][1][:, P:])
+    for name in {"last_hidden_state", "logits", "start_logits", "end_logits"} & {*want}:
+        np.testing.assert_array_equal(got[name], cut(want[name]))
+    np.testing.assert_array_equal(got["decoder_hidden_states"][1], cut(want["decoder_hidden_states"][1]))
+    if own:
+        write = lambda model, params, inputs: generate(model, params, **inputs, max_new_tokens=3, temperature=0)
+        np.testing.assert_array_equal(write(tuned.model, tuned.params, inputs), write(model, params, whole))
+
+
 @pytest.mark.parametrize("family", ["gpt2"])  # learned positions, which begin behind it
 def test_words_as_a_prefix_are_the_words_of_a_decoder(family):
     words, inputs = jnp.array([7, 8, 9]), inputs_of(family)
@@ -400,7 +422,8 @@ MISTAKES = {
     "dropout": (lambda: peft.dropout(lambda *_: 0.0, 1.0), "no probability below 1"),
     "a prompt of packed rows": (lambda: refused("prompt", segment_ids=jnp.ones((1, 4), int)), "segment_ids cannot be given with it"),
     "a prefix of another model": (other_prefix, r"a prefix \(5, 3, 4, 16\) is for another model: this one has 2 layers"),
-    "a prompt for pairs": (lambda: peft.prompt(*t5(), P, rng=KEY), "a model that reads one text"),
+    "a prefix for pairs": (lambda: peft.prefix(*t5(), P, rng=KEY), "a model that reads one text, an encoder or a decoder alone"),
+    "a prompt for images": (lambda: peft.prompt(*vit(), P, rng=KEY), "a model that reads one text; this is none"),
     "a prefix for images": (lambda: peft.prefix(*vit(), P, rng=KEY), "a model that reads one text"),
     "words": (lambda: peft.prompt(*made("bert"), P, rng=KEY, words=[1, 2, 300]), r"up to id 300 are not 3 ids below 256"),
     "bitfit": (lambda: peft.bitfit(*made("llama")), "this model has none"),

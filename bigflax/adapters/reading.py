@@ -34,7 +34,7 @@ def load_adapter(model: Model, params: Any, source: str, *, table: Table = TABLE
     weights, read = dict(trees.named_leaves(params, is_typed)), _lora if said["peft_type"] == "LORA" else _ia3
     biases = {module.stem: module.entry.leaves for module in modules}
     soft = files.get("prompt_embeddings") if said["peft_type"] in SOFT else None
-    known, made = (set(), {}) if soft is None else ({"prompt_embeddings"}, _soft(said["peft_type"], soft, weights, folder))
+    known, made = (set(), {}) if soft is None else ({"prompt_embeddings"}, _soft(said, soft, weights, folder))
     for module in modules:
         whole = {name for name, _ in module.entry.names(shapes)}
         parts = {name for line in module.lines.values() for name, _ in line.names(shapes)} if module.fits else set()
@@ -98,17 +98,19 @@ def _bare(key: str, home: Any) -> str:
     return renamed(key.removeprefix("base_model.").removeprefix("model.").removeprefix(home.PREFIX).replace(".base_layer.", "."), home)
 
 
-def _soft(kind: str, file: _Stored, weights: dict, folder: str) -> dict[str, Any]:
-    """The leaves of a prompt or of a prefix."""
+def _soft(said: dict, file: _Stored, weights: dict, folder: str) -> dict[str, Any]:
+    """The leaves of a prompt or of a prefix. PEFT's default for a pair has as many rows again, for the decoder, and never reads them."""
+    kind = said["peft_type"]
     name, maker, leaf = ("prompt", "prompt", "embed/tokens") if kind == "PROMPT_TUNING" else ("prefix", "prefix", "prefix/k")
     there = weights.get(leaf) if kind == "PREFIX_TUNING" or isinstance(weights.get(leaf), Prompted) else None
-    P = file.tensor.shape[0]
+    rows = file.tensor.shape[0]
+    P = rows // 2 if kind == "PROMPT_TUNING" and said.get("num_transformer_submodules") == 2 else rows
     if there is None or P != (there.prompt.shape[0] if isinstance(there, Prompted) else there.shape[1]):
         raise ValueError(
             f"{folder!r} is a {name} of {P} tokens, and these params have none as long; peft.{maker}(model, params, {P}) makes such"
         )
     if isinstance(there, Prompted):
-        return {leaf: dataclasses.replace(there, prompt=file.read(there.prompt.shape))}
+        return {leaf: dataclasses.replace(there, prompt=file.read((rows, there.prompt.shape[1]))[:P])}
     L, P, K, H = there.shape
     rows_PL2KH = file.read((P, 2 * L * K * H)).reshape(P, L, 2, K, H)
     return {f"prefix/{part}": rows_PL2KH[:, :, i].swapaxes(0, 1) for i, part in enumerate("kv")}

@@ -99,7 +99,7 @@ def _write(folder: str, tensors: dict[str, np.ndarray], said: dict[str, Any]) ->
 
 def _write_soft(model: Model, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensor and the fields of a prompt or a prefix."""
-    groups = model.module.groups
+    groups = getattr(model.module, "encoder", model.module).groups
     common = {"num_layers": sum(group.layers for group in groups), "num_transformer_submodules": 1}
     if "prefix/k" not in leaves:
         prompt = sharding.whole(leaves["embed/tokens"].prompt).astype(np.float32)

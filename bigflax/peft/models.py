@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import nn, ops, trees, weights
+from bigflax.models.seq2seq import Seq2Seq
 from bigflax.models.transformer import empty_cache
 from bigflax.nn import Model
 from bigflax.peft.matrices import key_of
@@ -44,13 +45,15 @@ class Tuned(NamedTuple):
 
 
 def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = None) -> Tuned:
-    """The model with `tokens` learned rows in front of every text; they begin as the table's rows of `words`, ids [P], or of random ones.
+    """The model with `tokens` learned rows in front of every text, that of the encoder in a pair; they begin as the table's rows of `words`, ids [P], or of
+    random ones.
 
     The rows are ids V to V + P - 1 of a longer table, so the model computes as if they were text: positions begin with them, and a head that looks at
     the first position looks at the first of them. Their places do not appear in what comes out. A cache is one that began with them (Model.begin), as
     `generate` makes it. Packed rows (segment_ids) are refused.
     """
-    _text(model, params, "a prompt")
+    reader = _text(model, params, "a prompt", pair=True)
+    pair = reader is not model.module
     V = shape(params["embed"]["tokens"])[0]
     chosen = jax.random.randint(rng, (tokens,), 0, V) if words is None else _words(words, tokens, V)
 
@@ -62,14 +65,16 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
 
     def begin(params, batch, length):
         ids_P = tokens_of(params)
-        _fits(model, "a prompt", len(ids_P), length)
+        _fits(reader, "a prompt", len(ids_P), length)
         cache = empty_cache(model.module, batch, len(ids_P) + length, model.module.embed.dtype)
         ids = jnp.broadcast_to(ids_P, (batch, len(ids_P)))
         return model.apply(params, input_ids=ids, attention_mask=jnp.ones_like(ids), cache=cache)["cache"]
 
     def apply(params, *, rng=None, **inputs):
         _refuse(inputs, "a prompt")
-        if inputs.get("cache") is not None:
+        if pair and inputs.get("input_ids") is None:  # what was made of the text is in the cache
+            return model.apply(params, rng=rng, **inputs)
+        if not pair and inputs.get("cache") is not None:
             return model.apply(params, rng=rng, **_moved(inputs, len(tokens_of(params))))
         given = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if name in inputs}
         given = {name: x for name, x in given.items() if x is not None}
@@ -79,14 +84,15 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         given = _moved(given, len(at_P))
         join = lambda x, row_P: jnp.concatenate([jnp.broadcast_to(row_P, (len(x), len(row_P))).astype(x.dtype), x], axis=1)
         out = model.apply(params, rng=rng, **{name: join(jnp.asarray(x), front[name]) for name, x in given.items()}, **inputs)
-        return _behind(out, len(at_P))
+        own = pair and inputs.get("decoder_input_ids") is not None  # else the decoder reads what the encoder reads
+        return _behind(out, len(at_P), own)
 
-    return Tuned(_wrapped(model, add, apply, model.axes, begin), add(params), (r"embed/tokens/prompt",))
+    return Tuned(_wrapped(model, add, apply, model.axes, None if pair else begin), add(params), (r"embed/tokens/prompt",))
 
 
-def _fits(model: Model, what: str, tokens: int, length: int) -> None:
+def _fits(reader: Any, what: str, tokens: int, length: int) -> None:
     """Raises ValueError where a text behind so many tokens has no positions."""
-    limit = getattr(model.module.embed, "positions", 0)
+    limit = getattr(reader.embed, "positions", 0)
     if limit and tokens + length > limit:
         raise ValueError(f"{length} tokens behind {what} of {tokens} are more than the {limit} learned positions; cut the sequences")
 
@@ -97,17 +103,17 @@ def _moved(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
     return inputs if given is None else {**inputs, "position_ids": given + tokens}
 
 
-def _behind(out: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The outputs without the places of the first tokens."""
+def _behind(out: dict[str, Any], tokens: int, own: bool) -> dict[str, Any]:
+    """The outputs without the places of the first tokens; with `own`, a decoder reads a text of its own, and they are the encoder's alone."""
     cut = lambda x: x[:, tokens:]
-    timed = {name: cut(x) for name, x in out.items() if name in ("last_hidden_state", "start_logits", "end_logits")}
-    if "hidden_states" in out:
-        timed["hidden_states"] = tuple(map(cut, out["hidden_states"]))
-    if "head" in out:
-        timed["head"] = {**out["head"], "x_BTD": cut(out["head"]["x_BTD"])}
-    if getattr(out.get("logits"), "ndim", 0) == 3:
-        timed["logits"] = cut(out["logits"])
-    return {**out, **timed}
+    mine = lambda name: name.startswith("encoder_") or not own
+    timed = ("last_hidden_state", "start_logits", "end_logits", "encoder_last_hidden_state", "logits")
+    found = {name: cut(out[name]) for name in timed if name in out and mine(name) and (name != "logits" or out[name].ndim == 3)}
+    states = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    found |= {name: tuple(map(cut, out[name])) for name in states if name in out and mine(name)}
+    if "head" in out and not own:
+        found["head"] = {**out["head"], "x_BTD": cut(out["head"]["x_BTD"])}
+    return {**out, **found}
 
 
 def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = None) -> Tuned:
@@ -146,7 +152,7 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         P = k_LPKH.shape[1]
         if k_LPKH.shape != (L, P, K, H):
             raise ValueError(f"a prefix {k_LPKH.shape} is for another model: this one has {L} layers with {K} heads of {H} for keys")
-        _fits(model, "a prefix", P, length)
+        _fits(model.module, "a prefix", P, length)
         return cache_of(k_LPKH, v_LPKH, batch, length)
 
     def apply(params, *, rng=None, **inputs):
@@ -162,11 +168,14 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
     return Tuned(_wrapped(model, add, apply, axes, begin), add(params), (r"prefix/[kv]",))
 
 
-def _text(model: Model, params: Any, what: str) -> None:
-    """Raises ValueError where the model does not read one text."""
-    embed = getattr(model.module, "embed", None)
-    if getattr(embed, "takes", None) != "input_ids" or not hasattr(model.module, "groups") or "tokens" not in params.get("embed", {}):
-        raise ValueError(f"{what} stands before the text of a model that reads one text, an encoder or a decoder alone; this is none")
+def _text(model: Model, params: Any, what: str, *, pair: bool = False) -> Any:
+    """The stack that reads the text: the model, or with `pair` the encoder of two. Raises ValueError where there is none."""
+    reader = model.module.encoder if pair and isinstance(model.module, Seq2Seq) else model.module
+    embed = getattr(reader, "embed", None)
+    if getattr(embed, "takes", None) != "input_ids" or not hasattr(reader, "groups") or "tokens" not in params.get("embed", {}):
+        alone = "" if pair else ", an encoder or a decoder alone"
+        raise ValueError(f"{what} stands before the text of a model that reads one text{alone}; this is none")
+    return reader
 
 
 def _words(words: Any, tokens: int, V: int) -> Array:
@@ -181,7 +190,7 @@ def _refuse(inputs: Mapping[str, Any], what: str) -> None:
         raise ValueError(f"{what} stands before one text a row: segment_ids cannot be given with it")
 
 
-def _wrapped(model: Model, add: Callable[[Any], Any], apply: Callable[..., Any], axes: Any, begin: Callable[..., Any]) -> Model:
+def _wrapped(model: Model, add: Callable[[Any], Any], apply: Callable[..., Any], axes: Any, begin: Callable[..., Any] | None) -> Model:
     init = lambda rng: add(model.init(rng))
     return dataclasses.replace(model, init=init, apply=apply, axes=axes, shaped=jax.eval_shape(add, model.shapes()), begin=begin)
 
