@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from bigflax import sharding
 from bigflax.models.heads import LmHead
 from bigflax.models.seq2seq import Seq2Seq
-from bigflax.models.transformer import Block, Embed, Transformer, empty_cache
+from bigflax.models.transformer import Block, Embed, Transformer
 from bigflax.nn import Model
 
 
@@ -88,10 +88,9 @@ def _decode(model, params, encoder, prompt, mask, rng, max_new_tokens, temperatu
     # `mesh` is there for jit's cache alone, which would not notice that `constrain` now speaks of another one.
     B, T = prompt.shape
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    decoder, its = _decoder(model), "decoder_" if isinstance(model.module, Seq2Seq) else ""
+    its = "decoder_" if isinstance(model.module, Seq2Seq) else ""
     run = lambda tokens_BT, **more: model.apply(params, **{f"{its}input_ids": tokens_BT, **more})
-    length = T + max_new_tokens
-    cache = empty_cache(decoder, B, length, decoder.embed.dtype) if model.begin is None else model.begin(params, B, length)
+    cache = model.begin(params, B, T + max_new_tokens)
     out = run(prompt, **encoder, **{f"{its}attention_mask": mask, f"{its}position_ids": positions}, cache=cache)
     pick = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
 

@@ -164,7 +164,8 @@ def model(module: nn.Module, **example: Any) -> Model:
     def apply(params: Any, *, rng: jax.Array | None = None, **inputs: Any) -> dict[str, Any]:
         return module.apply({"params": params}, rngs=None if rng is None else {"dropout": rng}, **inputs)  # type: ignore[return-value]
 
-    return Model(init, apply, axes, module, shaped=shaped)
+    begin = (lambda params, batch, length: module.empty_cache(batch, length)) if hasattr(module, "empty_cache") else None
+    return Model(init, apply, axes, module, shaped=shaped, begin=begin)
 
 
 def stack(

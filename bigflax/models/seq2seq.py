@@ -60,6 +60,11 @@ class Seq2Seq(nn.Module):
         decoder = {} if self.decoder is None else names.below("decoder", self.decoder.places())
         return {**names.below("encoder", self.encoder.places()), **decoder}
 
+    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """The decoder's."""
+        assert self.decoder is not None
+        return self.decoder.empty_cache(batch, length)
+
     @nn.compact
     def __call__(
         self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None, *, input_features=None,

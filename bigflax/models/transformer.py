@@ -224,6 +224,18 @@ class Transformer(nn.Module):
         """The inputs of a small call, as ShapeDtypeStructs by name."""
         return self.embed.example()
 
+    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """Keys and values for `length` tokens in all, in the activations' dtype, with the leading layer axis that `stack` slices. What is made of a
+        memory, where the layers look at one, is empty until the first call is given it."""
+        block, layers = self.groups[0].blocks[0], sum(group.layers for group in self.groups)
+
+        def keys(attention: Attention, length: int) -> dict[str, jax.Array]:
+            kv, dtype = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim), self.embed.dtype
+            return {"k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
+
+        own = {**keys(block.attention, length), "index": jnp.zeros(layers, jnp.int32)}
+        return own if block.cross is None else {"own": own, "cross": keys(block.cross, 0)}
+
     @nn.compact
     def __call__(
         self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, segment_ids=None, *, pixel_values=None,
@@ -315,16 +327,3 @@ def unembed(x_BTD: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap:
 def cache_index(cache: Any) -> jax.Array:
     """How many tokens each layer's cache holds: [L]."""
     return cache.get("own", cache)["index"]
-
-
-def empty_cache(module: Transformer, batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """A key-value cache for `length` tokens in all, with the leading layer axis that `stack` slices. What is made of a memory, where the
-    layers look at one, is empty until the first call is given it."""
-    block, layers = module.groups[0].blocks[0], sum(group.layers for group in module.groups)
-
-    def keys(attention: Attention, length: int) -> dict[str, jax.Array]:
-        kv = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim)
-        return {"k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
-
-    own = {**keys(block.attention, length), "index": jnp.zeros(layers, jnp.int32)}
-    return own if block.cross is None else {"own": own, "cross": keys(block.cross, 0)}

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from bigflax import nn, ops, trees, weights
-from bigflax.models.seq2seq import Seq2Seq
-from bigflax.models.transformer import empty_cache
 from bigflax.nn import Model
 from bigflax.peft.matrices import key_of
 from bigflax.weights import shape
@@ -66,7 +64,8 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
     def begin(params, batch, length):
         ids_P = tokens_of(params)
         _fits(reader, "a prompt", len(ids_P), length)
-        cache = empty_cache(model.module, batch, len(ids_P) + length, model.module.embed.dtype)
+        assert model.begin is not None
+        cache = model.begin(params, batch, len(ids_P) + length)
         ids = jnp.broadcast_to(ids_P, (batch, len(ids_P)))
         return model.apply(params, input_ids=ids, attention_mask=jnp.ones_like(ids), cache=cache)["cache"]
 
@@ -87,7 +86,7 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         own = pair and inputs.get("decoder_input_ids") is not None  # else the decoder reads what the encoder reads
         return _behind(out, len(at_P), own)
 
-    return Tuned(_wrapped(model, add, apply, model.axes, None if pair else begin), add(params), (r"embed/tokens/prompt",))
+    return Tuned(_wrapped(model, add, apply, model.axes, model.begin if pair else begin), add(params), (r"embed/tokens/prompt",))
 
 
 def _fits(reader: Any, what: str, tokens: int, length: int) -> None:
@@ -170,7 +169,7 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
 
 def _text(model: Model, params: Any, what: str, *, pair: bool = False) -> Any:
     """The stack that reads the text: the model, or with `pair` the encoder of two. Raises ValueError where there is none."""
-    reader = model.module.encoder if pair and isinstance(model.module, Seq2Seq) else model.module
+    reader = getattr(model.module, "encoder", model.module) if pair else model.module
     embed = getattr(reader, "embed", None)
     if getattr(embed, "takes", None) != "input_ids" or not hasattr(reader, "groups") or "tokens" not in params.get("embed", {}):
         alone = "" if pair else ", an encoder or a decoder alone"
