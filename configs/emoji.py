@@ -1,5 +1,4 @@
-"""Emoji found by their names, and names by emoji: a tiny CLIP, trained from nothing on a CPU.
-"""
+"""Emoji found by their names, and names by emoji: a tiny CLIP, trained from nothing on a CPU."""
 
 import json
 import os
@@ -18,12 +17,12 @@ def get_config():
         dict(
             work="runs/emoji",
             model=dict(
-                name="clip", text_config=dict(**TOWER, num_hidden_layers=3, max_position_embeddings=24),
-                vision_config=dict(**TOWER, num_hidden_layers=4, patch_size=4), projection_dim=64, unroll=True,
+                name="clip", text_config=dict(**TOWER, num_hidden_layers=2, max_position_embeddings=16),
+                vision_config=dict(**TOWER, num_hidden_layers=4, patch_size=8), projection_dim=64, unroll=True,
             ),
             tokenizer=dict(kind="file", path="emoji/tokenizer.json"),
             data=dict(
-                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=24, size=32,
+                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=16, size=32,
                 batch_size=200, min_area=0.7, augment="affine:15:0.1:8:2,jitter:0.2:0.2:0.2:0.03",
             ),
             task=dict(name="contrastive"),
@@ -37,10 +36,10 @@ def get_config():
 # code points that make no other emoji of one: joiner, presentation, skin, hair, gender, the way it faces; people of either gender and any age
 MARKS = {"200D", "FE0F", "2640", "2642", "27A1", *(f"1F3F{i}" for i in "BCDEF"), *(f"1F9B{i}" for i in range(4))}
 PEOPLE = {"1F466", "1F467", "1F468", "1F469", "1F474", "1F475", "1F476", "1F9D1", "1F9D2", "1F9D3"}
-# the same with a code point for each gender, for both, or for none: kiss, heart, holding hands; Claus, royals, dancers, a family
+# the same with a code point for each gender, for both, or for none: kiss, heart, holding hands; Claus, royals, dancers, pregnant, family
 SAME = {
     "1F48F": "2764", "1F491": "2764", "1F46B": "1F91D", "1F46C": "1F91D", "1F46D": "1F91D", "1F385": "1F384", "1F936": "1F384",
-    "1F934": "1FAC5", "1F478": "1FAC5", "1F57A": "1F483", "1F46A": "people",
+    "1F934": "1FAC5", "1F478": "1FAC5", "1F57A": "1F483", "1F930": "1FAC4", "1FAC3": "1FAC4", "1F46A": "people",
 }  # fmt: skip
 
 

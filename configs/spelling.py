@@ -1,5 +1,4 @@
-"""How English is spoken, from how it is written: a small encoder-decoder reads letters and writes phonemes, trained from nothing on a CPU.
-"""
+"""How English is spoken, from how it is written: a small encoder-decoder reads letters and writes phonemes, trained from nothing on a CPU."""
 
 import json
 import os
@@ -19,8 +18,9 @@ def get_config():
         dict(
             work="runs/spelling",
             model=dict(
-                name="t5", d_model=128, d_kv=32, num_heads=4, d_ff=384, num_layers=3, num_decoder_layers=3, dropout_rate=0.0,
- unroll=True,
+                name="bart", d_model=128, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=384, decoder_layers=3,
+                decoder_attention_heads=4, decoder_ffn_dim=384, max_position_embeddings=16, decoder_start_token_id=1, pad_token_id=0,
+                eos_token_id=1, dropout=0.0, init_std=0.05, unroll=True,
             ),
             tokenizer=dict(kind="file", path="spelling/tokenizer.json"),
             data=dict(

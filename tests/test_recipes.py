@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import models, recipes, trees
+from bigflax import models, recipes, runs, trees
 from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -77,6 +77,25 @@ def test_the_model_decides_about_the_data():
     assert "max_line" in text.data and not {"max_line", "field", "length", "classes"} & {*images.data}
 
 
+PAIRS = dict(model=dict(name="clip", text_config=dict(hidden_size=32)), task=dict(name="contrastive"), optimizer=dict(lr=1e-3),
+             data=dict(source=dict(kind="jsonl", path="p"), length=8, size=16, batch_size=4), fit=dict(steps=10))  # fmt: skip
+
+
+def test_the_parts_of_a_model_have_fields_too():
+    """Defaults from their own signatures, overrides, and what follows from images and words."""
+    config = recipes.resolve(ConfigDict(PAIRS), ["model.vision_config.patch_size=4", "model.size=tiny"])
+    text, vision = config.model.text_config, config.model.vision_config
+    assert (text.hidden_size, text.num_hidden_layers, vision.patch_size, vision.hidden_act) == (32, 2, 4, "quick_gelu")
+    assert (text.vocab_size, text.eos_token_id, vision.image_size, vision.num_channels) == (None,) * 4 and "dtype" not in text
+    kind, words = recipes.data_kind("clip", "contrastive"), {"vocab_size": 99, "eos_token_id": 7}
+    fields = runs.model_fields(config, kind, words, None)
+    model = models.create("clip", projection_dim=config.model.projection_dim, **fields)
+    assert model.config["text_config"]["vocab_size"] == 99 and model.module.end == 7
+    assert model.module.vision.embed.image == (16, 16) and model.module.vision.embed.patch == (4, 4)
+    with pytest.raises(ValueError, match=r"model.text_config.vocab_size 50 is smaller than the tokenizer's 99"):
+        runs.model_fields(recipes.resolve(ConfigDict(PAIRS), ["model.text_config.vocab_size=50"]), kind, words, None)
+
+
 MISTAKES = {
     "a key in the recipe": (
         small(optimizer=dict(lr=1.0, wieght_decay=0.1)),
@@ -94,6 +113,11 @@ MISTAKES = {
     "a size": (small(model=dict(name="gpt2", size="125m")), [], "no size '125m'; .*'124m'"),
     "a task": (small(task=dict(name="casual_lm")), [], "unknown task 'casual_lm'; .*'causal_lm'"),
     "a tokenizer of images": (ConfigDict(PHOTOS | dict(tokenizer=dict(kind="bytes"))), [], "unknown key 'tokenizer' in the recipe"),
+    "a field of a part": (
+        ConfigDict(PAIRS | dict(model=dict(name="clip", text_config=dict(hiden=1)))),
+        [],
+        "'model.text_config.hiden'.*'hid",
+    ),
     "images without a size": (ConfigDict(PHOTOS | dict(data=dict(batch_size=4, source={}))), [], "must set 'data.size'"),
     "a model of what there is not": (
         small(model=dict(name="whisper")),

@@ -28,12 +28,13 @@ MEAN, STD = NORMALIZED["clip"]["mean"], NORMALIZED["clip"]["std"]
 
 def captioned(
     tokenizer: Tokenizer, *, length: int, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, min_area: float = 0.9,
-    aspect: float = 4 / 3, flip: float = 0.0, central: float = 1.0, augment: Said = None, image: str = "image", text: str = "text",
-    folder: str = "",
+    aspect: float = 4 / 3, flip: float = 0.0, central: float = 1.0, augment: Said = (), augment_text: Said = (), image: str = "image",
+    text: str = "text", folder: str = "",
 ) -> Read:  # fmt: skip
-    """pixel_values float32 [C, size, size]; input_ids, attention_mask [length]. Names of files are below `folder`; the other options are those of
-    `viewed`."""
-    view, chain = View(size, tuple(mean), tuple(std), min_area, aspect, flip, central), create("image", augment)
+    """pixel_values float32 [C, size, size]; input_ids, attention_mask [length]. Names of files are below `folder`. `augment` and `augment_text` say
+    what is done to images and texts in training (augment.py): "affine:10", "delete:0.1". The other options are those of `viewed`."""
+    view = View(size, tuple(mean), tuple(std), min_area, aspect, flip, central)
+    changed, reworded = create("image", augment), create("text", augment_text)
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
         found = field(record, image)
@@ -42,7 +43,8 @@ def captioned(
                 found = (epath.Path(folder) / found).read_bytes()
             except OSError as error:
                 raise ValueError(f"the image {found!r} cannot be read: {error}") from error
-        return {"pixel_values": view(pixels_of(found, len(view.mean)), rng, chain), **ended(tokenizer, text_of(record, text), length=length)}
+        pixels, words = view(pixels_of(found, len(view.mean)), rng, changed), text_of(record, text)
+        return {"pixel_values": pixels, **ended(tokenizer, words if rng is None else reworded(words, rng), length=length)}
 
     return reader
 
