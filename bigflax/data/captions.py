@@ -28,7 +28,7 @@ MEAN, STD = NORMALIZED["clip"]["mean"], NORMALIZED["clip"]["std"]
 
 def captioned(
     tokenizer: Tokenizer, *, length: int, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, min_area: float = 0.9,
-    aspect: float = 4 / 3, flip: float = 0.0, central: float = 1.0, augment: Said = (), augment_text: Said = (), image: str = "image",
+    aspect: float = 4 / 3, flip: float = 0.0, central: float = 1.0, augment: Said = None, augment_text: Said = None, image: str = "image",
     text: str = "text", folder: str = "",
 ) -> Read:  # fmt: skip
     """pixel_values float32 [C, size, size]; input_ids, attention_mask [length]. Names of files are below `folder`. `augment` and `augment_text` say
