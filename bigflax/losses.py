@@ -115,23 +115,30 @@ def _mix(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:
     return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))
 
 
-def contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
+def contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float, *, real: jax.Array | None = None) -> jax.Array:
     """Cross-entropy of scale * a b^T against the diagonal, rows and columns averaged: [B, D], [B, D] -> [B].
 
-    Symmetric InfoNCE: Radford et al. 2021 (CLIP, arXiv 2103.00020), where a and b have unit rows and scale is exp(logit_scale).
+    Symmetric InfoNCE: Radford et al. 2021 (CLIP, arXiv 2103.00020), where a and b have unit rows and scale is exp(logit_scale). A row that `real` [B]
+    calls False is no candidate of the others and has loss 0.
     """
     logits = scale * jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
     labels = jnp.arange(a.shape[0])
+    if real is not None:
+        logits, labels = jnp.where(real & real[:, None], logits, -1e30), jnp.where(real, labels, IGNORE)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
-def sigmoid_contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float, bias: jax.Array | float = 0.0) -> jax.Array:
+def sigmoid_contrastive(
+    a: jax.Array, b: jax.Array, scale: jax.Array | float, bias: jax.Array | float = 0.0, *, real: jax.Array | None = None
+) -> jax.Array:
     """sum_j -log sigmoid(z_ij (scale a_i . b_j + bias)) with z = 1 on the diagonal and -1 elsewhere: [B, D], [B, D] -> [B].
 
     Zhai et al. 2023 (SigLIP, arXiv 2303.15343), equation 1 before the mean; there rows are unit, scale and bias start at 10 and -10.
+    `real` is that of `contrastive`.
     """
     logits = scale * jnp.matmul(a, b.T, preferred_element_type=jnp.float32) + bias
-    return -jax.nn.log_sigmoid((2 * jnp.eye(a.shape[0]) - 1) * logits).sum(-1)
+    losses_BB = -jax.nn.log_sigmoid((2 * jnp.eye(a.shape[0]) - 1) * logits)
+    return (losses_BB if real is None else jnp.where(real & real[:, None], losses_BB, 0)).sum(-1)
 
 
 def dpo(

@@ -48,14 +48,15 @@ def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
 def fields(config: Config) -> dict[str, Any]:
     """Those of the model's fields that follow from the data, without the data."""
     kind = recipes.data_kind(config.model.name, config.task.name)
-    return runs.model_fields(config, kind, vocab_size(config) if kind.tokenized else None, None)
+    words = {"vocab_size": vocab_size(config), "eos_token_id": 0} if kind.tokenized else {}  # which id ends a text changes no plan
+    return runs.model_fields(config, kind, words, None)
 
 
 def vocab_size(config: Config) -> int:
     """The model's, or what its tokenizer will have."""
     c = config.tokenizer
-    if config.model.vocab_size:
-        return config.model.vocab_size
+    if said := config.model.get("vocab_size"):
+        return said
     return c.vocab_size if c.kind == "bpe" else data.load_tokenizer("bytes" if c.kind == "bytes" else c.path).vocab_size
 
 

@@ -70,7 +70,8 @@ def model_keys(said: Mapping[str, Any], task: str) -> dict[str, Any]:
         raise ValueError(f"{published} has no size {size!r}; {trees.did_you_mean(size, family.SIZES, 'the sizes are')}")
     head = {"head": wanted} if wanted is not None and wanted in getattr(family, "HEADS", {}) else {}
     config = (family.SIZES[size] if size else {}) if source is None else hub.describe(source, said.get("head", head.get("head", "")))[1]
-    return {"name": published, "size": None, "source": None, **_keywords(family.build), **config, **head}
+    parts = {part: models.part_fields(build) | config.get(part, {}) for part, build in getattr(family, "PARTS", {}).items()}
+    return {"name": published, "size": None, "source": None, **_keywords(family.build), **config, **parts, **head}
 
 
 def peft_keys(name: str | None) -> dict[str, Any]:
@@ -86,8 +87,9 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     task, source = config["task"]["name"], config["model"].get("source")
     model = model_keys(config["model"], task)
     kind = data_kind(model["name"], task)
+    parts = {name: model[name] for name in getattr(models.family(model["name"]), "PARTS", {})}
     # None: what the data say, unless published weights have it already
-    follows = {name: None for name in kind.follows if name in model and (source is None or name == "num_labels")}
+    follows = lambda fields: {name: None for name in kind.follows if name in fields and (source is None or name == "num_labels")}
     reader = {} if kind.reader is None else _keywords(kind.reader, "tokenizer", "classes", "num_labels", "reference")
     if kind.reader is not None and "classes" in inspect.signature(kind.reader).parameters:
         reader["classes"] = None
@@ -107,7 +109,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "seed": 0,
         "work": "",
-        "model": {**model, **follows},
+        "model": {**model, **{name: {**part, **follows(part)} for name, part in parts.items()}, **follows(model)},
         **words,
         "data": {
             **reader,

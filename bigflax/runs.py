@@ -222,7 +222,8 @@ class Run:
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """Those of the model's fields that follow from the data. Set them to make a model without tokenizer and sources."""
-        return model_fields(self.config, self.kind, self.tokenizer.vocab_size if self.kind.tokenized else None, self.classes)
+        words = {"vocab_size": self.tokenizer.vocab_size, "eos_token_id": self.tokenizer.eos_id} if self.kind.tokenized else {}
+        return model_fields(self.config, self.kind, words, self.classes)
 
     def _model(self, **more: Any) -> models.nn.Model:
         made = models.create(**{**_options(self.config.model, "source"), "size": None, **self.fields, **more})
@@ -342,31 +343,33 @@ COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} class
 SAME = {"image_size": "data.size, {}", "num_channels": "the {} channels of data.mean"}
 
 
-def agreed(config: Config, **asked: int | None) -> dict[str, Any]:
-    """Of these fields those that the model has: as the recipe says, or where it says None as the data ask. Raises ValueError where the two
-    disagree, and where neither says anything."""
-    found = {}
-    for name, value in asked.items():
-        said: Any = config.model.get(name, value)
-        if said is None and value is None:
-            raise ValueError(f"the recipe must set 'model.{name}': the data do not say it")
-        if said is not None and value is not None:
-            if name in COUNTS and said < value:
-                raise ValueError(f"model.{name} {said} is smaller than {COUNTS[name].format(value)}")
-            if name in SAME and said not in (value, (value, value)):
-                raise ValueError(f"model.{name} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
-        if name in config.model:
+def agreed(section: Any, asked: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
+    """Of these fields those that the model has, in its parts too, which come whole: as the recipe says, or where it says None as the data ask. Raises
+    ValueError where the two disagree, and where neither says anything."""
+    found: dict[str, Any] = {}
+    for name, said in section.items():
+        if isinstance(said, ConfigDict):
+            found |= {name: {**said, **part}} if (part := agreed(said, asked, f"{where}.{name}")) else {}
+        elif name in asked:
+            value, key = asked[name], f"{where}.{name}"
+            if said is None and value is None:
+                raise ValueError(f"the recipe must set {key!r}: the data do not say it")
+            if said is not None and value is not None:
+                if name in COUNTS and said < value:
+                    raise ValueError(f"{key} {said} is smaller than {COUNTS[name].format(value)}")
+                if name in SAME and said not in (value, (value, value)):
+                    raise ValueError(f"{key} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
             found[name] = value if said is None else said
     return found
 
 
-def model_fields(config: Config, kind: data.Kind, vocab_size: int | None, classes: Any) -> dict[str, Any]:
-    """What the model takes from its data: `classes`, their names or number, may not be known."""
-    asked = {"vocab_size": vocab_size} if kind.tokenized else {"image_size": config.data.size, "num_channels": len(config.data.mean)}
+def model_fields(config: Config, kind: data.Kind, words: Mapping[str, int], classes: Any) -> dict[str, Any]:
+    """What the model takes from its data: `words` are the fields that its tokenizer says; `classes`, their names or number, may not be known."""
+    pixels = {"image_size": config.data.size, "num_channels": len(config.data.mean)} if "image_size" in kind.follows else {}
     labels = (
         {"num_labels": classes if classes is None or isinstance(classes, int) else len(classes)} if "num_labels" in kind.follows else {}
     )
-    return agreed(config, **asked, **labels)
+    return agreed(config.model, {name: value for name, value in {**words, **pixels, **labels}.items() if name in kind.follows})
 
 
 def train_seeds(config: Config, seeds: int, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:

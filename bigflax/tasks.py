@@ -23,6 +23,7 @@ import numpy as np
 from bigflax import adversarial, data, losses, ops, preference, trees
 from bigflax.metrics import F1, Correlation, Mean, span_f1
 from bigflax.models.seq2seq import Seq2Seq, shift_right
+from bigflax.models.two_tower import TwoTower
 from bigflax.nn import Model
 from bigflax.ops.mel import RATE
 from bigflax.ops.mixing import mixed
@@ -260,8 +261,10 @@ def sentence_embedding(model: Model, *, temperature: float = 0.05) -> LossFn:
 def contrastive(model: Model) -> LossFn:
     """The loss of pairs, row i of one input beside row i of the other: CLIP's softmax, or SigLIP's sigmoid where the model has a `logit_bias`.
 
-    Every other row of the batch is a negative, over all devices; with accumulation, those of the same micro-batch. Metric: `accuracy`, how
-    often a text is nearest to its image and an image to its text.
+    Every other row of the batch is a negative, over all devices; with accumulation, those of the same micro-batch. Rows without a text, which are
+    a loader's padding, do not count. Metrics: `image_recall_at_1` and `_10`, how often a text's image is the nearest to it, or among the ten nearest,
+    of those of its batch (so an evaluation whose batch is all that is held out tells the recall among all of it); `text_recall_at_1` and `_10`, an
+    image's text; `accuracy`, the mean of the two at 1. What is as near as the right one stands before it.
     """
 
     def loss_fn(params, batch, rng=None):
@@ -271,13 +274,17 @@ def contrastive(model: Model) -> LossFn:
                 f"a contrastive loss needs text_embeds and image_embeds; the model gives {', '.join(out)} for {', '.join(batch)}"
             )
         texts, images, scale = out["text_embeds"], out["image_embeds"], out["logit_scale"]
+        real_B = jnp.any(batch["attention_mask"] > 0, -1) if "attention_mask" in batch else jnp.ones(len(texts), bool)
         if "logit_bias" in out:
-            losses_B = losses.sigmoid_contrastive(texts, images, scale, out["logit_bias"])
+            losses_B = losses.sigmoid_contrastive(texts, images, scale, out["logit_bias"], real=real_B)
         else:
-            losses_B = losses.contrastive(texts, images, scale)
-        similar, right_B = texts @ images.T, jnp.arange(len(texts))
-        found = jnp.sum(jnp.argmax(similar, 1) == right_B) + jnp.sum(jnp.argmax(similar, 0) == right_B)
-        return Mean(jnp.sum(losses_B), len(losses_B)), {"accuracy": Mean(found, 2 * len(losses_B))}
+            losses_B = losses.contrastive(texts, images, scale, real=real_B)
+        similar, own = jnp.where(real_B & real_B[:, None], texts @ images.T, -1e30), jnp.eye(len(texts), dtype=bool)
+        right_B = jnp.sum(jnp.where(own, similar, 0), 1)
+        before = {"image": similar >= right_B[:, None], "text": similar.T >= right_B[:, None]}
+        ranks = {name: jnp.sum(before_BB & ~own, 1) for name, before_BB in before.items()}
+        metrics = {f"{name}_recall_at_{k}": Mean.of(rank_B < k, real_B) for name, rank_B in ranks.items() for k in (1, 10)}
+        return Mean.of(losses_B, real_B), {"accuracy": Mean.of(jnp.stack([*ranks.values()]) < 1, real_B), **metrics}
 
     return loss_fn
 
@@ -289,7 +296,8 @@ def zero_shot(
     2103.00020), section 3.1.4. `length` is that of the texts the model was trained on: SigLIP reads the padding too."""
     if missing := [template for template in templates if "{}" not in template] or [] if templates else ["none"]:
         raise ValueError(f"templates hold {{}}, where the name of a class is to stand; {missing[0]!r} does not")
-    rows = [tokenizer.row(template.format(name), length=length) for name in classes for template in templates]
+    row = data.ended if isinstance(model.module, TwoTower) else data.Tokenizer.row
+    rows = [row(tokenizer, template.format(name), length=length) for name in classes for template in templates]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     found_BD = _embedding(model.apply(params, logits=False, **batch))
     mean_CD = found_BD.reshape(len(classes), len(templates), -1).mean(1)
@@ -344,7 +352,10 @@ TASKS = {
     ),
     "question_answering": Task(question_answering, {"input_ids": data.reading(data.answered, data.answered_shapes)}, "question_answering"),
     "sentence_embedding": Task(sentence_embedding, {"input_ids": data.reading(data.paired, data.paired_shapes)}, "embedding"),
-    "contrastive": Task(contrastive),
+    "contrastive": Task(
+        contrastive,
+        {"input_ids": data.reading(data.captioned, data.captioned_shapes, follows=("eos_token_id", "image_size", "num_channels"))},
+    ),
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
     "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
     "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),

@@ -54,6 +54,8 @@ SOFT = RNG.dirichlet(np.ones(11), (3, 4))
 SOFT_IGNORING = np.where(IGNORING[..., None] == -100, -100.0, SOFT)
 SIMILAR = 7 * A @ B.T
 SIGNS = 2 * np.eye(6) - 1
+REAL = np.arange(6) < 4
+FOUR = -(np.diag(log_softmax(SIMILAR[:4, :4])) + np.diag(log_softmax(SIMILAR[:4, :4].T))) / 2
 TRUE = np.where(BITS == 1, log_sigmoid(LOGITS), log_sigmoid(-LOGITS))
 CASES = {  # function, arguments, options, the definition
     "token_log_probs": (losses.token_log_probs, (LOGITS, LABELS), {}, picked(LOGITS, LABELS)),
@@ -116,6 +118,13 @@ CASES = {  # function, arguments, options, the definition
     },
     "contrastive": (losses.contrastive, (A, B, 7.0), {}, -(np.diag(log_softmax(SIMILAR)) + np.diag(log_softmax(SIMILAR.T))) / 2),
     "sigmoid_contrastive": (losses.sigmoid_contrastive, (A, B, 7.0, -2.0), {}, -log_sigmoid(SIGNS * (SIMILAR - 2)).sum(-1)),
+    "contrastive, two of padding": (losses.contrastive, (A, B, 7.0), dict(real=REAL), np.pad(FOUR, (0, 2))),
+    "sigmoid_contrastive, two of padding": (
+        losses.sigmoid_contrastive,
+        (A, B, 7.0, -2.0),
+        dict(real=REAL),
+        np.pad(-log_sigmoid(SIGNS * (SIMILAR - 2))[:4, :4].sum(-1), (0, 2)),
+    ),
     "dpo": (losses.dpo, (*PAIRS, 0.5), {}, -log_sigmoid(0.5 * (PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]))),
     "dpo, ipo": (losses.dpo, (*PAIRS / 8, 0.5), dict(kind="ipo"), ((PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]) / 8 - 1) ** 2),
     "dpo, hinge": (losses.dpo, (*PAIRS, 0.5), dict(kind="hinge"), np.maximum(0, 1 - 0.5 * (PAIRS[0] - PAIRS[2] - PAIRS[1] + PAIRS[3]))),

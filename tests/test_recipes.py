@@ -1,14 +1,14 @@
 """Recipes: what is said, what follows from signatures, what is refused."""
 
+import importlib.util
 import json
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import models, recipes, trees
+from bigflax import data, models, recipes, runs, trees
 from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -41,6 +41,14 @@ def test_the_small_network_stays_small(variant):
     assert create("image", config.data.augment).said and config.data.min_area == config.data.central == 1
 
 
+def script(name):
+    """The module of a recipe that turns a package into files."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", recipes.find(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_pairs_of_held_out_articles_are_in_no_text_to_learn_from(tmp_path, monkeypatch):
     """Of 300 articles, two topics: a test part of a tenth, more or less, its articles nowhere else; a rejected answer is another one's of the topic."""
     articles = {
@@ -49,7 +57,7 @@ def test_the_pairs_of_held_out_articles_are_in_no_text_to_learn_from(tmp_path, m
     }
     (tmp_path / "articles").write_text(json.dumps(articles))
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(recipes.find("preference"))["write"]("articles")
+    script("preference").write("articles")
     texts, train, test = (
         [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()] for name in ("articles", "pairs-train", "pairs-test")
     )
@@ -58,6 +66,47 @@ def test_the_pairs_of_held_out_articles_are_in_no_text_to_learn_from(tmp_path, m
     assert not {pair["prompt"] for pair in test} & {pair["prompt"] for pair in train}
     of = lambda answer: int(answer.split()[-1]) % 2  # 150 is even, so the topic of every article of a description is the same
     assert all(pair["chosen"] != pair["rejected"] and of(pair["chosen"]) == of(pair["rejected"]) for pair in train + test)
+
+
+DICTIONARY = """export const dictionary = {
+  "'bout": "B AW1 T",
+  "read": "R EH1 D",
+  "read(2)": "R IY1 D",
+  "aarhus": "AA1 R HH UW0 S # place, danish",
+  "a.m.": "EY2 EH1 M",
+  "pneumonoultramicroscopic": "N UW1 M AH0",
+}
+"""
+
+
+def test_words_and_phonemes_of_a_dictionary(tmp_path, monkeypatch):
+    """First pronunciations, without stress and comments, of words of letters; one token for a letter and one for a phoneme."""
+    (tmp_path / "index.js").write_text(DICTIONARY)
+    monkeypatch.chdir(tmp_path)
+    script("spelling").write(str(tmp_path), "spelling")
+    found = [json.loads(line) for side in ("train", "test") for line in (tmp_path / "spelling" / f"{side}.jsonl").read_text().splitlines()]
+    assert {one["letters"]: one["phonemes"] for one in found} == {"read": "R EH D", "aarhus": "AA R HH UW S"}
+    tokenizer = data.load_tokenizer(tmp_path / "spelling" / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("read R EH D")) == "r e a d R EH D" and len(tokenizer.encode("aarhus")) == 6
+    config = recipes.resolve(recipes.load("spelling"))
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (config.model.pad_token_id, config.model.eos_token_id) == (0, 1)
+
+
+VARIANTS = {  # code points -> what it is a variant of
+    "1F3C3": "1F3C3", "1F3C3-200D-2640-FE0F-200D-27A1-FE0F": "1F3C3", "1F468-1F3FD-200D-1F3A4": "1F3A4", "1F9D1-200D-1F3A4": "1F3A4",
+    "1F469-200D-2764-FE0F-200D-1F48B-200D-1F468": "2764", "1F48F": "2764", "1F468-200D-1F469-200D-1F466": "people", "1F46A": "people",
+    "1F3F3-FE0F-200D-1F308": "1F3F3", "1F1F5-1F1EA": "1F1F5-1F1EA", "2640-FE0F": "2640-FE0F", "1F408-200D-2B1B": "1F408",
+}  # fmt: skip
+
+
+def test_variants_of_an_emoji_are_on_one_side():
+    emoji = script("emoji")
+    assert {code: emoji.base(code) for code in VARIANTS} == VARIANTS
+    many = [{"unified": f"1F60{i % 10}{mark}", "name": "A B", "short_names": ["a_b", "b-c"]} for i in range(30) for mark in ("", "-FE0F")]
+    train, test = emoji.sides(many, held_out=15)
+    bases = [{emoji.base(one["unified"]) for one in side} for side in (train, test)]
+    assert not bases[0] & bases[1] and len(train) + len(test) == 60 and 10 <= len(test) <= 15
+    assert emoji.text(many[0]) == "a b, b c"
 
 
 def test_defaults_come_from_signatures_and_sizes():
@@ -98,6 +147,25 @@ def test_the_model_decides_about_the_data():
     assert "max_line" in text.data and not {"max_line", "field", "length", "classes"} & {*images.data}
 
 
+PAIRS = dict(model=dict(name="clip", text_config=dict(hidden_size=32)), task=dict(name="contrastive"), optimizer=dict(lr=1e-3),
+             data=dict(source=dict(kind="jsonl", path="p"), length=8, size=16, batch_size=4), fit=dict(steps=10))  # fmt: skip
+
+
+def test_the_parts_of_a_model_have_fields_too():
+    """Defaults from their own signatures, overrides, and what follows from images and words."""
+    config = recipes.resolve(ConfigDict(PAIRS), ["model.vision_config.patch_size=4", "model.size=tiny"])
+    text, vision = config.model.text_config, config.model.vision_config
+    assert (text.hidden_size, text.num_hidden_layers, vision.patch_size, vision.hidden_act) == (32, 2, 4, "quick_gelu")
+    assert (text.vocab_size, text.eos_token_id, vision.image_size, vision.num_channels) == (None,) * 4 and "dtype" not in text
+    kind, words = recipes.data_kind("clip", "contrastive"), {"vocab_size": 99, "eos_token_id": 7}
+    fields = runs.model_fields(config, kind, words, None)
+    model = models.create("clip", projection_dim=config.model.projection_dim, **fields)
+    assert model.config["text_config"]["vocab_size"] == 99 and model.module.end == 7
+    assert model.module.vision.embed.image == (16, 16) and model.module.vision.embed.patch == (4, 4)
+    with pytest.raises(ValueError, match=r"model.text_config.vocab_size 50 is smaller than the tokenizer's 99"):
+        runs.model_fields(recipes.resolve(ConfigDict(PAIRS), ["model.text_config.vocab_size=50"]), kind, words, None)
+
+
 MISTAKES = {
     "a key in the recipe": (
         small(optimizer=dict(lr=1.0, wieght_decay=0.1)),
@@ -115,6 +183,11 @@ MISTAKES = {
     "a size": (small(model=dict(name="gpt2", size="125m")), [], "no size '125m'; .*'124m'"),
     "a task": (small(task=dict(name="casual_lm")), [], "unknown task 'casual_lm'; .*'causal_lm'"),
     "a tokenizer of images": (ConfigDict(PHOTOS | dict(tokenizer=dict(kind="bytes"))), [], "unknown key 'tokenizer' in the recipe"),
+    "a field of a part": (
+        ConfigDict(PAIRS | dict(model=dict(name="clip", text_config=dict(hiden=1)))),
+        [],
+        "'model.text_config.hiden'.*'hid",
+    ),
     "images without a size": (ConfigDict(PHOTOS | dict(data=dict(batch_size=4, source={}))), [], "must set 'data.size'"),
     "a model of what there is not": (
         small(model=dict(name="whisper")),

@@ -84,6 +84,33 @@ def test_a_work_folder_in_a_bucket(tmp_path, monkeypatch):
     np.testing.assert_array_equal(runs.Run(config).tokenizer.encode("to be"), trained.encode("to be"))
 
 
+def test_images_and_texts_are_paired_by_recipe(tmp_path):
+    """From files to the recall among all that is held out, whose batch is not full: two towers that agree with the words and the pixels of the data."""
+    image = pytest.importorskip("PIL.Image", reason="an extra")
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for i, tone in enumerate(range(8, 248, 20)):
+            image.new("RGB", (16, 16), (tone, 255 - tone, 0)).save(tmp_path / f"{i}.png")
+            file.write(json.dumps({"image": f"{i}.png", "text": f"a tone of {tone}"}) + "\n")
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    pairs = dict(kind="jsonl", path=str(tmp_path / "pairs.jsonl"))
+    recipe = dict(
+        model=dict(name="clip", text_config=small, vision_config=dict(**small, patch_size=8), projection_dim=8), tokenizer=dict(kind="bytes"),
+        data=dict(source=pairs, validation_source=pairs, folder=str(tmp_path), length=16, size=16, batch_size=16),
+        task=dict(name="contrastive"), optimizer=dict(lr=1e-3), fit=dict(steps=2),
+    )  # fmt: skip
+    run = runs.Run(recipes.resolve(ConfigDict(recipe)))
+    run.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    config = run.model.config
+    assert (config["text_config"]["eos_token_id"], config["vision_config"]["image_size"]) == (run.tokenizer.eos_id, 16)
+    state = run.init_state()
+    found = run.evaluator()(state)
+    with run.loader("validation") as loader:
+        (batch,) = loader
+    out = np.asarray(jax.jit(run.model.apply)(state.params, **batch)["logits_per_text"])[:12, :12]
+    ranks = (out >= np.diag(out)[:, None]).sum(1) - 1
+    assert [found[f"image_recall_at_{k}"] for k in (1, 10)] == pytest.approx([(ranks < k).mean() for k in (1, 10)])
+
+
 @pytest.mark.slow
 def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, monkeypatch, capsys):
     """From a folder to a model that tells its classes apart; SIGTERM in the middle changes no bit, and what cannot be read is named."""

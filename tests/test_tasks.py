@@ -147,6 +147,28 @@ def test_contrastive(bias):
     assert float(loss.value) == pytest.approx(want, rel=1e-5)
     found = [z[i].argmax() == i for i in range(5)] + [z[:, i].argmax() == i for i in range(5)]
     assert sum(found[:5]) == 4 and sum(found[5:]) == 1 and float(metrics["accuracy"].value) == pytest.approx(np.mean(found))
+    recalls = [float(metrics[f"{name}_recall_at_1"].value) for name in ("image", "text")]
+    assert recalls == pytest.approx([0.8, 0.2])
+
+
+def test_recall_is_among_the_real_rows_of_a_batch():
+    """By sorting; rows of padding, which would be nearest to all, neither count nor stand before others; what is all alike is not found."""
+    rng, N = np.random.default_rng(0), 40
+    texts, noise = rng.normal(size=(2, N, 3)).astype(np.float32)
+    pair = {"text_embeds": texts, "image_embeds": texts + 0.7 * noise, "logit_scale": jnp.float32(1)}
+    rank = lambda similar: np.array([np.argsort(-row).tolist().index(i) for i, row in enumerate(similar)])
+    similar = texts @ pair["image_embeds"].T
+    padded = {name: jnp.pad(x, ((0, 8), (0, 0)), constant_values=9.0) if jnp.ndim(x) else x for name, x in pair.items()}
+    batch = {"attention_mask": jnp.asarray(np.arange(N + 8)[:, None] < N, jnp.int32)}
+    seen = lambda pair, batch: jax.jit(tasks.contrastive(GIVES(**pair)))({}, batch)
+    (want, _), (loss, metrics) = seen(pair, {}), seen(padded, batch)
+    assert float(loss.value) == pytest.approx(float(want.value), rel=1e-6)
+    for name, ranks in {"image": rank(similar), "text": rank(similar.T)}.items():
+        for k in (1, 10):
+            share = np.mean(ranks < k)
+            assert 0 < share < 1 and float(metrics[f"{name}_recall_at_{k}"].value) == pytest.approx(share)
+    alike = seen({**pair, "text_embeds": jnp.ones((N, 3)), "image_embeds": jnp.ones((N, 3))}, {})[1]
+    assert {float(metric.value) for metric in alike.values()} == {0.0}
 
 
 def test_token_classification_counts_the_tokens_with_a_label():
@@ -269,6 +291,9 @@ def test_zero_shot():
     rows = jnp.array([[1, 0.1, 0, 0], [0.1, 1, 0, 0], [1, 0.2, 0, 0]])
     found = train.eval_step(tasks.nearest(images, class_CD))({}, {"pixel_values": rows, "labels": jnp.array([0, 1, 1])})
     assert float(found["accuracy"].value) == pytest.approx(2 / 3)
+    ends = models.create("clip", size="tiny", text_config=dict(eos_token_id=tokenizer.eos_id))
+    ends = dataclasses.replace(ends, apply=lambda params, *, logits, input_ids, **_: {"text_embeds": jax.nn.one_hot(input_ids[:, 1], 300)})
+    assert tasks.zero_shot(ends, {}, tokenizer, ["a"], ["{}"], length=4)[0, tokenizer.eos_id] == 1  # where CLIP reads it
     with pytest.raises(ValueError, match=r"templates hold {}, where the name of a class is to stand; 'a photo' does not"):
         tasks.zero_shot(model, {}, tokenizer, ["a"], ["{}", "a photo"], length=4)
     with pytest.raises(ValueError, match="zero-shot classification needs a model of embeddings; this one gives logits"):

@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bigflax.data.captions import captioned, captioned_shapes
     from bigflax.data.dialogues import asked, chat, chat_shapes
     from bigflax.data.examples import (
+        ended,
         find_classes,
         labelled,
         labelled_shapes,
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
     from bigflax.data.text import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
+    "captions": ("captioned", "captioned_shapes"),
     "dialogues": ("asked", "chat", "chat_shapes"),
     "examples": (
-        "example_batches",
+        "ended",
         "find_classes",
         "labelled",
         "labelled_shapes",
@@ -71,8 +74,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "KINDS", "NORMALIZED", "SOURCES", "BadRecord", "Examples", "Kind", "Loader", "Mixed", "Quality", "Records", "Source", "Text",
-    "Tokenizer", "answered", "answered_shapes", "asked", "byte_tokenizer", "channels_first", "chat", "chat_shapes", "count_classes",
-    "find_classes", "find_tags", "image_shapes", "in_split", "labelled", "labelled_shapes",
+    "Tokenizer", "answered", "answered_shapes", "asked", "byte_tokenizer", "captioned", "captioned_shapes", "channels_first", "chat",
+    "chat_shapes", "count_classes", "ended", "find_classes", "find_tags", "image_shapes", "in_split", "labelled", "labelled_shapes",
     "load_tokenizer", "many_labelled", "many_labelled_shapes", "open_source", "paired", "paired_shapes", "reading", "record_batches",
     "sample_texts", "scored", "scored_shapes", "tagged", "tagged_shapes", "text_batches", "text_shapes", "train_bpe", "transcribed",
     "transcribed_shapes", "translated", "translated_shapes", "viewed", "virtual_shards",

@@ -114,13 +114,18 @@ def translated(
 
 def to_write(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """int32 [length]: a text as a decoder is to write it, its end too; then -100."""
-    row, labels = tokenizer.row(text, length=length), np.full(length, IGNORED, np.int32)
-    ids = row["input_ids"][row["attention_mask"] > 0]
-    *_, end = document((), tokenizer.bos_id, tokenizer.eos_id)
-    if ids[-1] != end:
-        ids = np.append(ids[: length - 1], end)
-    labels[: len(ids)] = ids
-    return labels
+    row = ended(tokenizer, text, length=length)
+    return np.where(row["attention_mask"] > 0, row["input_ids"], np.int32(IGNORED))
+
+
+def ended(tokenizer: Tokenizer, text: str, *, length: int) -> dict[str, np.ndarray]:
+    """`Tokenizer.row` of a text with its end, whether or not the tokenizer puts one there."""
+    row = tokenizer.row(text, length=length)
+    n, (*_, (end,)) = int(row["attention_mask"].sum()), document((), tokenizer.bos_id, tokenizer.eos_id)
+    if row["input_ids"][n - 1] != end:
+        at = min(n, length - 1)
+        row["input_ids"][at], row["attention_mask"][at] = end, 1
+    return row
 
 
 def labelled_shapes(*, length: int, batch_size: int, pair: str | None = None) -> Shapes:

@@ -49,6 +49,16 @@ def test_what_is_to_be_written_ends(target, want):
     np.testing.assert_array_equal(row["labels"], [BYTES.eos_id if x == "end" else x for x in want])
 
 
+def test_a_text_that_its_tokenizer_ends_is_not_ended_twice(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    for text, want in {"a": [0, 3, 1, 2], "a a a": [0, 3, 3, 1]}.items():
+        np.testing.assert_array_equal(data.ended(data.Tokenizer(inner), text, length=4)["input_ids"], want)
+
+
 REFUSED = {
     "no text": ("labelled", {"txt": "a", "label": 0}, "no field 'text', nearest is 'txt'"),
     "no words": ("labelled", {"text": " ", "label": 0}, "field 'text' is empty"),

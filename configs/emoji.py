@@ -1,0 +1,103 @@
+"""Emoji found by their names, and names by emoji: a tiny CLIP, trained from nothing on a CPU."""
+
+import json
+import os
+import sys
+
+from ml_collections import ConfigDict
+
+from bigflax.data.pipeline import fraction
+
+TOWER = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4)
+
+
+def get_config():
+    files = {"source": "train.jsonl", "validation_source": "test.jsonl"}
+    return ConfigDict(
+        dict(
+            work="runs/emoji",
+            model=dict(
+                name="clip", text_config=dict(**TOWER, num_hidden_layers=2, max_position_embeddings=24),
+                vision_config=dict(**TOWER, num_hidden_layers=4, patch_size=8), projection_dim=64, unroll=True,
+            ),
+            tokenizer=dict(kind="file", path="emoji/tokenizer.json"),
+            data=dict(
+                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=24, size=32,
+                batch_size=200, min_area=0.7, augment="affine:15:0.1:8:2,jitter:0.2:0.2:0.2:0.03",
+            ),
+            task=dict(name="contrastive"),
+            optimizer=dict(name="muon", lr=0.01, kind="linear", warmup_steps=20, final=0.0, weight_decay=0.1),
+            fit=dict(steps=120, log_every=20),
+            watch=dict(metric="image_recall_at_10", mode="max"),
+        )
+    )  # fmt: skip
+
+
+# code points that make no other emoji of one: joiner, presentation, skin, hair, gender, the way it faces; people of either gender and any age
+MARKS = {"200D", "FE0F", "2640", "2642", "27A1", *(f"1F3F{i}" for i in "BCDEF"), *(f"1F9B{i}" for i in range(4))}
+PEOPLE = {"1F466", "1F467", "1F468", "1F469", "1F474", "1F475", "1F476", "1F9D1", "1F9D2", "1F9D3"}
+# the same with a code point for each gender, for both, or for none: kiss, heart, holding hands; Claus, royals, dancers, pregnant, family
+SAME = {
+    "1F48F": "2764", "1F491": "2764", "1F46B": "1F91D", "1F46C": "1F91D", "1F46D": "1F91D", "1F385": "1F384", "1F936": "1F384",
+    "1F934": "1FAC5", "1F478": "1FAC5", "1F57A": "1F483", "1F930": "1FAC4", "1FAC3": "1FAC4", "1F46A": "people",
+}  # fmt: skip
+
+
+def base(code):
+    """What an emoji is a variant of: the first of its code points that says more than who it is; a flag is the whole of its letters."""
+    points = [point for point in code.split("-") if point not in MARKS]
+    if not points or points[0].startswith("1F1"):
+        return code
+    first = next((point for point in points if point not in PEOPLE), "people")
+    return SAME.get(first, first)
+
+
+def text(one):
+    """The name and the other short names, in small letters."""
+    names = [one["name"], *(name.replace("_", " ").replace("-", " ") for name in one["short_names"])]
+    return ", ".join(dict.fromkeys(name.lower() for name in names))
+
+
+def sides(emoji, held_out=200):
+    """(train, test): whole groups of variants, in the order of a hash, as long as they fit into the number held out."""
+    groups = {}
+    for one in emoji:
+        groups.setdefault(base(one["unified"]), []).append(one)
+    train, test = [], []
+    for key in sorted(groups, key=fraction):
+        (test if len(test) + len(groups[key]) <= held_out else train).extend(groups[key])
+    return train, test
+
+
+def tokenizer(texts, size=384):
+    """Byte pairs within words, of the texts trained on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False))
+    return made
+
+
+def write(folder, name):
+    """NAME/train.jsonl, test.jsonl, tokenizer.json and images/ of what the package holds."""
+    from PIL import Image
+
+    with open(os.path.join(folder, "emoji.json")) as file:
+        train, test = sides(json.load(file))
+    sheet = Image.open(os.path.join(folder, "img", "google", "sheets-256", "32.png")).convert("RGBA")
+    os.makedirs(os.path.join(name, "images"), exist_ok=True)
+    for side, rows in {"train": train, "test": test}.items():
+        with open(os.path.join(name, f"{side}.jsonl"), "w") as file:
+            for one in rows:
+                left, upper = (34 * one[at] + 1 for at in ("sheet_x", "sheet_y"))
+                picture, image = sheet.crop((left, upper, left + 32, upper + 32)), Image.new("RGB", (32, 32), "white")
+                image.paste(picture, mask=picture)
+                image.save(os.path.join(name, path := f"images/{one['unified']}.png"))
+                file.write(json.dumps({"image": path, "text": text(one)}) + "\n")
+    tokenizer(map(text, train)).save(os.path.join(name, "tokenizer.json"))
+    print(f"{len(train)} emoji to train on, {len(test)} to test on")
+
+
+if __name__ == "__main__":
+    write(*sys.argv[1:])
