@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import adversarial, data, losses, ops, preference, trees
+from bigflax import adversarial, data, losses, ops, preference, sharding, trees
 from bigflax.metrics import F1, Correlation, Mean, span_f1
 from bigflax.models.seq2seq import Seq2Seq, shift_right
 from bigflax.nn import Model
@@ -69,14 +69,14 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
 
 
 def seq2seq(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> LossFn:
-    """`token_loss` of an encoder-decoder that is to write `labels` [B, T], given each but the last of them."""
+    """`token_loss` of an encoder-decoder that is to write `labels` [B, T], given each but the last of them, or its own `decoder_input_ids`."""
     loss_fn = token_loss(model, z_loss=z_loss, chunk=chunk)
 
     def shifted(params, batch, rng=None):
         if not isinstance(model.module, Seq2Seq):
             raise ValueError("seq2seq needs an encoder-decoder, a family such as t5, bart or whisper")
         before_BT = shift_right(batch["labels"], start=model.module.start, pad=model.module.pad)
-        return loss_fn(params, {**batch, "decoder_input_ids": before_BT}, rng)
+        return loss_fn(params, {"decoder_input_ids": before_BT, **batch}, rng)
 
     return shifted
 
@@ -91,7 +91,7 @@ def speech(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> Lo
     loss_fn = seq2seq(model, z_loss=z_loss, chunk=chunk)
 
     def listening(params, batch, rng=None):
-        return loss_fn(params, {**heard(model, batch), "labels": batch["labels"]}, rng)
+        return loss_fn(params, {**heard(model, batch), **{name: x for name, x in batch.items() if name != "waveform"}}, rng)
 
     return listening
 
@@ -100,6 +100,18 @@ def heard(model: Model, batch: Any) -> dict[str, Any]:
     """What an encoder hears."""
     sound = batch["waveform"]
     return {"input_features": ops.log_mel(sound, model.config["num_mel_bins"], seconds=sound.shape[1] / RATE)}
+
+
+def begun(model: Model, batch: Any) -> dict[str, Any]:
+    """What an encoder hears, and the marks that the decoder is given: those of `decoder_input_ids` up to where there is something to write."""
+    if "decoder_input_ids" not in batch:
+        return heard(model, batch)
+    labels_BT, ids_BT = sharding.whole(batch["labels"]), sharding.whole(batch["decoder_input_ids"])
+    marks = int(np.argmax((labels_BT != IGNORED).any(0))) + 1
+    return {
+        **heard(model, batch),
+        "decoder_input_ids": np.tile(ids_BT[:1, :marks], (len(ids_BT), 1)),
+    }  # padding rows have none of their own
 
 
 def classification(
@@ -332,7 +344,7 @@ TASKS = {
     "sentence_embedding": Task(sentence_embedding, {"input_ids": data.reading(data.paired, data.paired_shapes)}, "embedding"),
     "contrastive": Task(contrastive),
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
-    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
+    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", begun),
     "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
     "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.pairs, preference.pair_shapes)}),
     "reward": Task(preference.reward, {"input_ids": data.reading(preference.pairs, preference.pair_shapes, classes=1)}, SCORES),
