@@ -25,26 +25,25 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 SECONDS = 10.0  # of a row
-#              what trains, learning rate
-VARIANTS = {"full": ({}, 1e-5)}
+#           learning rate, warm-up, how long
+VARIANTS = {"tune": (3e-5, 10, dict(epochs=2)), "before": (0.0, 0, dict(steps=1))}
 
 
-def get_config(variant: str = "full"):
-    peft, lr = VARIANTS[variant]
+def get_config(variant: str = "tune"):
+    lr, warmup, long = VARIANTS[variant]
+    files = {"source": "train.jsonl", "validation_source": "test.jsonl"}
     return ConfigDict(
         dict(
             work=f"runs/speech-{variant}",
             model=dict(source="tiny.en"),
-            data=dict(source=dict(kind="jsonl", path="train.jsonl"), validation_source=dict(kind="jsonl", path="test.jsonl"),
-                      seconds=SECONDS, target_length=64, batch_size=16),
+            data=dict(**{key: dict(kind="jsonl", path=path) for key, path in files.items()}, seconds=SECONDS, target_length=32, batch_size=8),
             task=dict(name="speech"),
-            peft=peft,
-            optimizer=dict(name="adamw", lr=lr, kind="linear", final=0.0, warmup_steps=10, weight_decay=0.0, b2=0.98),
-            generate=dict(scores=("wer",), records=1000, max_new_tokens=63),
-            fit=dict(epochs=4, log_every=5),
+            optimizer=dict(name="adamw", lr=lr, kind="linear", final=0.0, warmup_steps=warmup, weight_decay=0.0, b2=0.98),
+            generate=dict(scores=("wer",), records=1000, max_new_tokens=48),
+            fit=dict(**long, log_every=10, eval_every=1000),  # which is at the end alone
             watch=dict(metric="wer"),
         )
-    )  # fmt: skip
+    )
 
 
 # -- weights of a CTranslate2 file -----------------------------------------------------------------------------------------
