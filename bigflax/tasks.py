@@ -108,10 +108,8 @@ def begun(model: Model, batch: Any) -> dict[str, Any]:
         return heard(model, batch)
     labels_BT, ids_BT = sharding.whole(batch["labels"]), sharding.whole(batch["decoder_input_ids"])
     marks = int(np.argmax((labels_BT != IGNORED).any(0))) + 1
-    return {
-        **heard(model, batch),
-        "decoder_input_ids": np.tile(ids_BT[:1, :marks], (len(ids_BT), 1)),
-    }  # padding rows have none of their own
+    first_BT = np.tile(ids_BT[:1, :marks], (len(ids_BT), 1))  # a loader's padding rows have none of their own
+    return {**heard(model, batch), "decoder_input_ids": first_BT}
 
 
 def classification(

@@ -5,9 +5,21 @@
     apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav                                 25 minutes of speech, CC BY-SA 3.0
     for deb in asterisk-core-sounds-en*.deb; do dpkg -x "$deb" .; done
     python configs/speech.py prompts usr/share                                                           writes train.jsonl, test.jsonl
-    bigflax train --config=speech
+    bigflax train --config=speech --seeds=3
+    bigflax train --config=speech:before            the word error without training; also with --config.data.seconds=30
 
-Measured: not yet run.
+Other speech: a line {"audio": "a.wav", "text": "good morning"} each, --config.data.source.path=mine.jsonl; any Whisper as transformers writes it,
+--config.model.source=FOLDER. `bigflax parity tiny.en` finds the folder's logits within 2e-6 of the largest of PyTorch's.
+
+Of the 568 recordings 17 are no speech (silence, tones, monkeys), 248 say fewer than two words of two letters (letters, digits and words alone have
+nothing around them to be told by), and 22 last longer than ten seconds. 281 remain, 13 minutes. A hash of the words holds out 85 of them with
+619 words: the same words are never on both sides, though the voice and many phrases are. Word errors pass over case, punctuation, hyphens, short forms
+and digits (`scores.spoken`), not over "file name" for "filename" or the transcripts' own mistakes.
+
+Whisper was trained on windows of 30 seconds. The encoder takes a third of the time over ten, but does not know them: it repeats itself, until it
+has been fine-tuned. All weights learn, AdamW, two epochs, linear; float32.
+
+Measured: SEEDS
 """
 
 import gzip
@@ -36,14 +48,15 @@ def get_config(variant: str = "tune"):
         dict(
             work=f"runs/speech-{variant}",
             model=dict(source="tiny.en"),
-            data=dict(**{key: dict(kind="jsonl", path=path) for key, path in files.items()}, seconds=SECONDS, target_length=32, batch_size=8),
+            data=dict(**{key: dict(kind="jsonl", path=path) for key, path in files.items()},
+                      seconds=SECONDS, target_length=32, batch_size=8),
             task=dict(name="speech"),
             optimizer=dict(name="adamw", lr=lr, kind="linear", final=0.0, warmup_steps=warmup, weight_decay=0.0, b2=0.98),
             generate=dict(scores=("wer",), records=1000, max_new_tokens=48),
             fit=dict(**long, log_every=10, eval_every=1000),  # which is at the end alone
             watch=dict(metric="wer"),
         )
-    )
+    )  # fmt: skip
 
 
 # -- weights of a CTranslate2 file -----------------------------------------------------------------------------------------
