@@ -5,7 +5,8 @@
     chrf, bleu               of 0..100, of all pairs together, as sacrebleu counts them (Popovic 2015; Papineni et al. 2002, Post 2018)
     rouge1, rouge2, rougeL   F-measures of 0..1, the mean over pairs, by rouge-score (Lin 2004)
 
-The first four pass over case and punctuation; exact_match and f1 over English articles too.
+The first four pass over case and punctuation; exact_match and f1 over English articles too, wer and cer over the ways in which the same words
+are written (`spoken`).
 Left out on purpose: several references for a text, and scores that take a model.
 """
 
@@ -33,6 +34,31 @@ def plain(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
+SHORT = {
+    "can't": "can not", "cannot": "can not", "won't": "will not", "n't": " not", "'re": " are", "'ve": " have", "'ll": " will", "'m": " am",
+}  # fmt: skip
+SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def spoken(text: str) -> str:
+    """As it is said: `plain`, with hyphens as blanks, "you're" as two words, and numbers below a thousand as words. A part of what Whisper's word
+    errors pass over (Radford et al. 2022, 2212.04356, appendix C): without fillers, British spellings, money, and larger numbers."""
+    text = re.sub(rf"({'|'.join(SHORT)})(?!\w)", lambda found: SHORT[found[0]], text.lower().replace("\u2019", "'"))
+    text = plain(re.sub("[-\u2010-\u2015]", " ", text))
+    return re.sub(r"\b\d{1,3}\b", lambda found: in_words(int(found[0])), text)
+
+
+def in_words(number: int) -> str:
+    """Of 0 to 999."""
+    if number < 20:
+        return SMALL[number]
+    whole, rest = divmod(number, 10 if number < 100 else 100)
+    return (TENS[whole - 2] if number < 100 else f"{SMALL[whole]} hundred") + (f" {in_words(rest)}" if rest else "")
+
+
 def exact(said: str, true: str) -> float:
     """1 where the two are equal when normalized, else 0."""
     return float(normalized(said) == normalized(true))
@@ -58,7 +84,7 @@ def edits(said: Sequence[Any], true: Sequence[Any]) -> int:
 
 
 def _rate(split: Callable[[str], Sequence[str]], said: Sequence[str], true: Sequence[str]) -> float:
-    pairs = [(split(plain(a)), split(plain(b))) for a, b in zip(said, true, strict=True)]
+    pairs = [(split(spoken(a)), split(spoken(b))) for a, b in zip(said, true, strict=True)]
     return sum(edits(a, b) for a, b in pairs) / max(1, sum(len(b) for _, b in pairs))
 
 

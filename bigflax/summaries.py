@@ -27,7 +27,8 @@ def describe(run: Any) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
     if run.kind.tokenized:
         labels = f"{run.fields['num_labels']} classes; " if run.fields.get("num_labels") else ""
-        amount = f"vocabulary {run.tokenizer.vocab_size}; {labels}batch {c.data.batch_size} x {c.data.length} tokens"
+        row = f"{c.data.seconds:g} s of sound" if "seconds" in c.data else f"{c.data.length} tokens"
+        amount = f"vocabulary {run.tokenizer.vocab_size}; {labels}batch {c.data.batch_size} x {row}"
     else:
         amount = f"{run.fields.get('num_labels')} classes; batch {c.data.batch_size} images of {c.data.size} x {c.data.size}"
     return (

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import adversarial, data, losses, ops, preference, trees
+from bigflax import adversarial, data, losses, ops, preference, sharding, trees
 from bigflax.metrics import F1, Correlation, Mean, span_f1
 from bigflax.models.seq2seq import Seq2Seq, shift_right
 from bigflax.models.two_tower import TwoTower
@@ -70,14 +70,14 @@ def token_loss(model: Model, *, z_loss: float = 0.0, chunk: int | None = None, t
 
 
 def seq2seq(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> LossFn:
-    """`token_loss` of an encoder-decoder that is to write `labels` [B, T], given each but the last of them."""
+    """`token_loss` of an encoder-decoder that is to write `labels` [B, T], given each but the last of them, or its own `decoder_input_ids`."""
     loss_fn = token_loss(model, z_loss=z_loss, chunk=chunk)
 
     def shifted(params, batch, rng=None):
         if not isinstance(model.module, Seq2Seq):
             raise ValueError("seq2seq needs an encoder-decoder, a family such as t5, bart or whisper")
         before_BT = shift_right(batch["labels"], start=model.module.start, pad=model.module.pad)
-        return loss_fn(params, {**batch, "decoder_input_ids": before_BT}, rng)
+        return loss_fn(params, {"decoder_input_ids": before_BT, **batch}, rng)
 
     return shifted
 
@@ -92,7 +92,7 @@ def speech(model: Model, *, z_loss: float = 0.0, chunk: int | None = None) -> Lo
     loss_fn = seq2seq(model, z_loss=z_loss, chunk=chunk)
 
     def listening(params, batch, rng=None):
-        return loss_fn(params, {**heard(model, batch), "labels": batch["labels"]}, rng)
+        return loss_fn(params, {**heard(model, batch), **{name: x for name, x in batch.items() if name != "waveform"}}, rng)
 
     return listening
 
@@ -101,6 +101,16 @@ def heard(model: Model, batch: Any) -> dict[str, Any]:
     """What an encoder hears."""
     sound = batch["waveform"]
     return {"input_features": ops.log_mel(sound, model.config["num_mel_bins"], seconds=sound.shape[1] / RATE)}
+
+
+def begun(model: Model, batch: Any) -> dict[str, Any]:
+    """What an encoder hears, and the marks that the decoder is given: those of `decoder_input_ids` up to where there is something to write."""
+    if "decoder_input_ids" not in batch:
+        return heard(model, batch)
+    labels_BT, ids_BT = sharding.whole(batch["labels"]), sharding.whole(batch["decoder_input_ids"])
+    marks = int(np.argmax((labels_BT != IGNORED).any(0))) + 1
+    first_BT = np.tile(ids_BT[:1, :marks], (len(ids_BT), 1))  # a loader's padding rows have none of their own
+    return {**heard(model, batch), "decoder_input_ids": first_BT}
 
 
 def classification(
@@ -357,7 +367,7 @@ TASKS = {
         {"input_ids": data.reading(data.captioned, data.captioned_shapes, follows=("eos_token_id", "image_size", "num_channels"))},
     ),
     "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
-    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", heard),
+    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", begun),
     "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
     "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.compared, preference.compared_shapes)}),
     "reward": Task(preference.reward, {"input_ids": data.reading(preference.pairs, preference.pair_shapes, classes=1)}, SCORES),

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import bigflax
-from bigflax import data, models, recipes, runs, sharding, tasks, train, trees
+from bigflax import data, models, recipes, runs, sharding, summaries, tasks, train, trees
 from bigflax.main import main
 from bigflax.metrics import as_floats
 from bigflax.writers import read_jsonl
@@ -171,6 +171,7 @@ QUICK = ("token_classification", "seq2seq", "chat")
 def test_every_kind_of_record_is_learned(task, tmp_path):
     """From a recipe to the first steps: the batch is what was known without a source, and five steps on it lower its loss."""
     run, batch, spec = opened(task, tmp_path)
+    assert f"batch 32 x {'1 s of sound' if task == 'speech' else f'{run.config.data.length} tokens'}" in summaries.describe(run)
     shapes = run.batch_shapes()
     assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {name: (x.shape, x.dtype) for name, x in spec.items()}
 

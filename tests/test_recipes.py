@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import re
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -24,7 +26,8 @@ def small(**sections):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_resolves_and_says_what_it_measured(name, monkeypatch):
-    monkeypatch.setattr(recipes.hub, "describe", lambda source, head="": ("bert", {"head": head}))  # published weights are not here
+    published = {"speech": "whisper"}.get(name, "bert")
+    monkeypatch.setattr(recipes.hub, "describe", lambda source, head="": (published, {"head": head}))  # published weights are not here
     recipes.resolve(recipes.load(name))
     text = Path(recipes.find(name)).read_text()
     assert re.search(r"^Measured", text, re.M), "its docstring says what was measured, or 'not yet run'"
@@ -107,6 +110,66 @@ def test_variants_of_an_emoji_are_on_one_side():
     bases = [{emoji.base(one["unified"]) for one in side} for side in (train, test)]
     assert not bases[0] & bases[1] and len(train) + len(test) == 60 and 10 <= len(test) <= 15
     assert emoji.text(many[0]) == "a b, b c"
+
+
+SPEECH = script("speech")
+TYPES = {"float32": 0, "int8": 1, "int16": 2, "float16": 4}
+
+
+def container(arrays, aliases=(), kind="WhisperSpec", version=6):
+    """A CTranslate2 file, byte by byte."""
+    word = lambda text: struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+    parts = [struct.pack("<I", version), word(kind), struct.pack("<II", 3, len(arrays))]
+    for name, x in arrays.items():
+        shape = struct.pack("<B", x.ndim) + struct.pack(f"<{x.ndim}I", *x.shape)
+        parts += [word(name), shape, struct.pack("<BI", TYPES[str(x.dtype)], x.nbytes), x.tobytes()]
+    return b"".join([*parts, struct.pack("<I", len(aliases)), *(word(name) for pair in aliases for name in pair)])
+
+
+def test_weights_of_a_ctranslate2_file(tmp_path):
+    """Names, shapes and numbers come back as they were written; what was one matrix is cut in the order query, key, value."""
+    rng = np.random.default_rng(0)
+    layer, inside, rows = "decoder/layer_1/", "model.decoder.layers.1.", rng.normal(size=(15, 4)).astype(np.float16)
+    arrays = {
+        "decoder/num_heads": np.array(2, np.int16), "decoder/alignment_heads": np.array([1, 0], np.int16), "decoder/embeddings/weight": rows[:7],
+        "decoder/layer_norm/beta": rows[0], f"{layer}self_attention/linear_0/weight": rows, f"{layer}self_attention/linear_0/bias": rows[:, 0],
+        f"{layer}attention/linear_1/weight": rows[:8], f"{layer}ffn/layer_norm/gamma": rows[1], "encoder/conv1/weight": rows.reshape(5, 4, 3),
+    }  # fmt: skip
+    (tmp_path / "model.bin").write_bytes(container(arrays, [("decoder/projection/weight", "decoder/embeddings/weight")]))
+    kind, got = SPEECH.read(str(tmp_path / "model.bin"))
+    assert kind == "WhisperSpec" and got.keys() == arrays.keys() | {"decoder/projection/weight"}
+    for name, x in arrays.items():
+        assert got[name].dtype == x.dtype and got[name].shape == x.shape
+        np.testing.assert_array_equal(got[name], x)
+    want = {
+        "model.decoder.embed_tokens.weight": rows[:7], "model.decoder.layer_norm.bias": rows[0], f"{inside}final_layer_norm.weight": rows[1],
+        "model.encoder.conv1.weight": rows.reshape(5, 4, 3),
+        **{f"{inside}self_attn.{part}_proj.weight": rows[5 * i : 5 * i + 5] for i, part in enumerate("qkv")},
+        **{f"{inside}self_attn.{part}_proj.bias": rows[5 * i : 5 * i + 5, 0] for i, part in enumerate("qkv") if part != "k"},
+        **{f"{inside}encoder_attn.{part}_proj.weight": rows[4 * i : 4 * i + 4] for i, part in enumerate("kv")},
+    }  # fmt: skip
+    renamed = SPEECH.renamed(kind, got)
+    assert renamed.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_array_equal(renamed[name], x)
+
+
+NARROW = {"encoder/conv1/weight": np.zeros((2, 2, 3), np.int8)}
+REFUSED = {
+    "another file": (b"PK\3\4 and so on", "no CTranslate2 file of version 6: it begins with 67324752"),
+    "an empty file": (b"", "no CTranslate2 file, or cut off: it has 0 bytes, and 4 are needed"),
+    "half a file": (container({"a/b": np.zeros(8, np.float32)})[:-9], "cut off: it has 69 bytes, and 74 are needed"),
+    "another model": (container({}, kind="TransformerSpec"), "the file holds a TransformerSpec, and only a WhisperSpec"),
+    "weights in 8 bits": (container(NARROW), r"conv1/weight \(int8\) is no part of a Whisper in floats; .* --quantization float16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_whisper_of_ctranslate2_is_one_sentence(name, tmp_path):
+    found, message = REFUSED[name]
+    (tmp_path / "model.bin").write_bytes(found)
+    with pytest.raises(ValueError, match=message):
+        SPEECH.weights(str(tmp_path), str(tmp_path / "out"))
 
 
 def test_defaults_come_from_signatures_and_sizes():

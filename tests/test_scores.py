@@ -32,6 +32,20 @@ def test_what_is_right_is_perfect_and_what_is_said_is_counted(name):
         assert scores.scored([name], SAID, TRUE)[name] == pytest.approx(VALUES[name])
 
 
+SPOKEN = {
+    "Press 1, or 42.": "press one or forty two",
+    "Re-enter 0 to 317; 100, 2000 and 3D": "re enter zero to three hundred seventeen one hundred 2000 and 3d",
+    "You\u2019re late, I can't wait. It's 20\u201430!": "you are late i can not wait its twenty thirty",
+    "The rent, we've cannoted": "the rent we have cannoted",
+}
+
+
+@pytest.mark.parametrize("text", SPOKEN)
+def test_the_same_words_however_they_are_written(text):
+    assert scores.spoken(text) == SPOKEN[text]
+    assert scores.scored(["wer", "cer"], [text], [SPOKEN[text].upper()]) == {"wer": 0, "cer": 0}
+
+
 def test_corpora_are_scored_as_their_libraries_do():
     sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu (extra scores) is not installed")
     got = scores.scored(["chrf", "bleu"], SAID, TRUE)

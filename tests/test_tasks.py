@@ -267,6 +267,22 @@ def test_speech_is_heard_as_a_spectrogram():
     loss, _ = tasks.create("speech", model)({}, batch)
     np.testing.assert_array_equal(seen["input_features"], ops.log_mel(batch["waveform"], 16, seconds=0.2))
     assert float(loss.value) == pytest.approx(by_hand()[0].mean(), rel=1e-6) and "waveform" not in seen
+    assert tasks.find("speech").asks(model, batch).keys() == {"input_features"}
+
+
+def test_speech_is_written_behind_its_marks():
+    """Those that the rows are given before there is something to write, a padding row too; the loss reads them as they are."""
+    seen = {}
+    model = models.create("whisper", size="tiny")
+    model = dataclasses.replace(
+        model, apply=lambda params, **inputs: seen.update(inputs) or {"head": {"x_BTD": LOGITS, "w_VD": jnp.eye(5)}}
+    )
+    ids, labels = np.array([[8, 9, 3, 4], [0, 0, 0, 0]]), np.array([[-100, 3, 4, 0], [-100] * 4])
+    batch = {"waveform": jnp.zeros((2, 3200)), "labels": jnp.asarray(labels), "decoder_input_ids": jnp.asarray(ids)}
+    loss, _ = tasks.create("speech", model)({}, batch)
+    np.testing.assert_array_equal(seen["decoder_input_ids"], ids)
+    np.testing.assert_array_equal(tasks.find("speech").asks(model, batch)["decoder_input_ids"], [[8, 9], [8, 9]])
+    assert int(loss.count) == 3
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "t5", "bart"])

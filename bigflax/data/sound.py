@@ -17,12 +17,12 @@ import numpy as np
 
 from bigflax.data.augment import Said, create
 from bigflax.data.examples import Read, Shapes, field, text_of, to_write
-from bigflax.data.packing import Example
+from bigflax.data.packing import IGNORED, Example
 from bigflax.data.sources import Record
 from bigflax.data.text import Tokenizer
 from bigflax.ops.mel import RATE
 
-START = "<|startoftranscript|>"  # Whisper's decoder begins with it, so it is not to be written
+START = "<|startoftranscript|>"  # the first of the marks that Whisper's decoder is given; its texts begin with a blank
 
 
 def transcribed(
@@ -31,22 +31,34 @@ def transcribed(
 ) -> Read:  # fmt: skip
     """waveform float32 [16,000 seconds], cut or followed by silence, labels [target_length]; names of files are below `folder`.
 
-    `augment` names what is done to the row in training (augment.py): "shift:1600,noise".
+    Of a tokenizer that begins a text with Whisper's marks ("no timestamps", and of several languages which one) also decoder_input_ids
+    [target_length]: the marks are read and not learned. `augment` names what is done to the row in training (augment.py): "shift:1600,noise".
     """
-    begins, changed = tokenizer.inner.token_to_id(START), create("wave", augment)
+    marks, changed = given(tokenizer), create("wave", augment)
 
     def reader(record: Record, rng: np.random.Generator | None = None) -> Example:
-        labels = to_write(tokenizer, text_of(record, text), target_length + 1)
-        labels = labels[1:] if labels[0] == begins else to_write(tokenizer, text_of(record, text), target_length)
+        said = text_of(record, text)
         heard, row = samples(field(record, sound), folder), np.zeros(round(seconds * RATE), np.float32)
         row[: len(heard)] = heard[: len(row)]
-        return {"waveform": row if rng is None else changed(row, rng), "labels": labels}
+        example = {"waveform": row if rng is None else changed(row, rng)}
+        if not marks:
+            return example | {"labels": to_write(tokenizer, said, target_length)}
+        ids = to_write(tokenizer, f" {said.strip()}", target_length + 1)
+        before, after = np.where(ids == IGNORED, tokenizer.pad_id, ids)[:-1], np.where(np.arange(len(ids)) < marks, IGNORED, ids)[1:]
+        return example | {"decoder_input_ids": before, "labels": after}
 
     return reader
 
 
+def given(tokenizer: Tokenizer) -> int:
+    """How many tokens a decoder is given before it writes a text: those that the tokenizer puts there, where they are Whisper's; else 0."""
+    whole = tokenizer.inner.encode("a")
+    return whole.special_tokens_mask.index(0) if whole.tokens[0] == START else 0
+
+
 def transcribed_shapes(*, seconds: float, target_length: int, batch_size: int) -> Shapes:
-    """Shapes and dtypes of a batch of `transcribed`, known without a source."""
+    """Shapes and dtypes of a batch of `transcribed`, known without a source; what a tokenizer of marks adds is made of the labels in the step
+    where it is not there."""
     waveform = jax.ShapeDtypeStruct((batch_size, round(seconds * RATE)), np.float32)
     return {"waveform": waveform, "labels": jax.ShapeDtypeStruct((batch_size, target_length), np.int32)}
 

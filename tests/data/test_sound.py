@@ -57,6 +57,28 @@ def test_a_row_is_its_sound_and_what_is_said(tmp_path):
     assert short["waveform"].shape == (800,)
 
 
+def test_the_marks_of_a_decoder_are_read_and_not_learned():
+    """Whisper's tokenizer: start and "no timestamps", a blank before the text, its end behind it; what is too long is cut."""
+    from tokenizers import processors
+
+    tokenizer = data.byte_tokenizer()
+    tokenizer.inner.add_special_tokens(["<|startoftranscript|>", "<|notimestamps|>"])
+    start, plain, end = (tokenizer.inner.token_to_id(token) for token in ("<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>"))
+    tokenizer.inner.post_processor = processors.TemplateProcessing(
+        single="<|startoftranscript|> <|notimestamps|> $A <|endoftext|>",
+        special_tokens=[("<|startoftranscript|>", start), ("<|notimestamps|>", plain), ("<|endoftext|>", end)],
+    )
+    record, pad = {"audio": {"array": TONE(16000), "sampling_rate": 16000}, "text": "hi "}, tokenizer.pad_id
+    row = data.transcribed(tokenizer, seconds=0.1, target_length=6)(record, None)
+    np.testing.assert_array_equal(row["decoder_input_ids"], [start, plain, *b" hi", end])
+    np.testing.assert_array_equal(row["labels"], [-100, *b" hi", end, -100])
+    row = data.transcribed(tokenizer, seconds=0.1, target_length=7)(record, None)
+    np.testing.assert_array_equal(row["decoder_input_ids"], [start, plain, *b" hi", end, pad])
+    row = data.transcribed(tokenizer, seconds=0.1, target_length=4)(record, None)
+    np.testing.assert_array_equal(row["decoder_input_ids"], [start, plain, *b" h"])
+    np.testing.assert_array_equal(row["labels"], [-100, *b" h", end])
+
+
 REFUSED = {
     "no file": ({"audio": "nowhere.wav", "text": "a"}, "'nowhere.wav' cannot be read as wav: .*No such file"),
     "no wav": ({"audio": b"RIFFxxxx", "text": "a"}, "the sound cannot be read as wav: not a WAVE file"),
