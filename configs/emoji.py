@@ -8,26 +8,25 @@ from ml_collections import ConfigDict
 
 from bigflax.data.pipeline import fraction
 
-TOWER = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4)
 
-
-def get_config():
+def get_config(variant: str = "names"):
     files = {"source": "train.jsonl", "validation_source": "test.jsonl"}
+    tower = lambda width, **more: dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=1, num_attention_heads=4, **more)
     return ConfigDict(
         dict(
-            work="runs/emoji",
+            work=f"runs/emoji-{variant}",
             model=dict(
-                name="clip", text_config=dict(**TOWER, num_hidden_layers=2, max_position_embeddings=24),
-                vision_config=dict(**TOWER, num_hidden_layers=4, patch_size=8), projection_dim=64, unroll=True,
+                name="clip", text_config=tower(96, max_position_embeddings=32), vision_config=tower(192, patch_size=32), projection_dim=256,
+                logit_scale_init_value=1.4,
             ),
             tokenizer=dict(kind="file", path="emoji/tokenizer.json"),
             data=dict(
-                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", length=24, size=32,
-                batch_size=200, min_area=0.7, augment="affine:15:0.1:8:2,jitter:0.2:0.2:0.2:0.03",
+                **{key: dict(kind="jsonl", path=f"emoji/{name}") for key, name in files.items()}, folder="emoji", text=variant, length=32,
+                size=32, batch_size=200, augment_text="delete:0.2,swap:0.3",
             ),
             task=dict(name="contrastive"),
-            optimizer=dict(name="muon", lr=0.01, kind="linear", warmup_steps=20, final=0.0, weight_decay=0.1),
-            fit=dict(steps=120, log_every=20),
+            optimizer=dict(name="adamw", lr=2e-3, kind="linear", warmup_steps=20, final=0.0),
+            fit=dict(steps=300, log_every=50, eval_every=100),
             watch=dict(metric="image_recall_at_10", mode="max"),
         )
     )  # fmt: skip
@@ -52,10 +51,11 @@ def base(code):
     return SAME.get(first, first)
 
 
-def text(one):
-    """The name and the other short names, in small letters."""
-    names = [one["name"], *(name.replace("_", " ").replace("-", " ") for name in one["short_names"])]
-    return ", ".join(dict.fromkeys(name.lower() for name in names))
+def texts(one):
+    """The name and the other short names, in small letters; and these with the two groups that it is in."""
+    plain = lambda *names: ", ".join(dict.fromkeys(name.replace("_", " ").replace("-", " ").lower() for name in names))
+    names = one["name"], *one["short_names"]
+    return {"names": plain(*names), "groups": plain(*names, one["subcategory"], one["category"])}
 
 
 def sides(emoji, held_out=200):
@@ -69,13 +69,13 @@ def sides(emoji, held_out=200):
     return train, test
 
 
-def tokenizer(texts, size=384):
+def tokenizer(lines, size=384):
     """Byte pairs within words, of the texts trained on."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False))
+    made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False))
     return made
 
 
@@ -94,8 +94,8 @@ def write(folder, name):
                 picture, image = sheet.crop((left, upper, left + 32, upper + 32)), Image.new("RGB", (32, 32), "white")
                 image.paste(picture, mask=picture)
                 image.save(os.path.join(name, path := f"images/{one['unified']}.png"))
-                file.write(json.dumps({"image": path, "text": text(one)}) + "\n")
-    tokenizer(map(text, train)).save(os.path.join(name, "tokenizer.json"))
+                file.write(json.dumps({"image": path, **texts(one)}) + "\n")
+    tokenizer(texts(one)["groups"] for one in train).save(os.path.join(name, "tokenizer.json"))
     print(f"{len(train)} emoji to train on, {len(test)} to test on")
 
 
