@@ -105,11 +105,21 @@ VARIANTS = {  # code points -> what it is a variant of
 def test_variants_of_an_emoji_are_on_one_side():
     emoji = script("emoji")
     assert {code: emoji.base(code) for code in VARIANTS} == VARIANTS
-    many = [{"unified": f"1F60{i % 10}{mark}", "name": "A B", "short_names": ["a_b", "b-c"]} for i in range(30) for mark in ("", "-FE0F")]
+    many = [
+        {
+            "unified": f"1F60{i % 10}{mark}",
+            "name": "A B",
+            "short_names": ["a_b", "b-c"],
+            "subcategory": "food-asian",
+            "category": "Food & Drink",
+        }
+        for i in range(30)
+        for mark in ("", "-FE0F")
+    ]
     train, test = emoji.sides(many, held_out=15)
     bases = [{emoji.base(one["unified"]) for one in side} for side in (train, test)]
     assert not bases[0] & bases[1] and len(train) + len(test) == 60 and 10 <= len(test) <= 15
-    assert emoji.text(many[0]) == "a b, b c"
+    assert emoji.texts(many[0]) == {"names": "a b, b c", "groups": "a b, b c, food asian, food & drink"}
 
 
 SPEECH = script("speech")

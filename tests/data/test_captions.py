@@ -67,6 +67,12 @@ def test_views_are_drawn_and_changed_in_training_alone_and_never_mirrored():
     assert held_out["pixel_values"].max() > 0
 
 
+def test_words_are_left_out_in_training_alone():
+    read, record = data.captioned(BYTES, **OPTIONS, augment_text="delete:1"), {"image": PIXELS, "text": "a b"}
+    length = lambda rng: int(read(record, rng)["attention_mask"].sum())
+    assert length(None) == 4 and all(length(np.random.default_rng(i)) < 4 for i in range(5))  # one word, its blank, and the end
+
+
 REFUSED = {
     "no such file": ({"image": "c.png", "text": "cat"}, "the image 'c.png' cannot be read: .*No such file"),
     "half a file": ({"image": "b.png", "text": "cat"}, "not a whole image"),
