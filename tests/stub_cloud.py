@@ -9,6 +9,7 @@ import fcntl
 import fnmatch
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,17 +143,33 @@ def shut_down(values):
 
 def trainings(root):
     """The process ids of `bigflax` on all machines below `root`."""
-    for place, _, files in os.walk(root):
-        if "pid" in files:
-            with open(f"{place}/pid") as file:
-                pid = file.read().strip()
-            try:
-                with open(f"/proc/{pid}/cmdline") as file:
-                    alive = os.path.realpath(__file__) in file.read()  # and not a later process of that number
-            except OSError:
-                continue
-            if alive:
-                yield int(pid)
+    return [pid for place, _, files in os.walk(root) if "code" in files and (pid := training(place))]
+
+
+def training(place):
+    """The process of the `bigflax` that runs on a machine, or None. One that is about to start is waited for until it heeds SIGTERM: on a busy machine
+    a signal would else come before there is a process, or end it before it could save."""
+    for _ in range(1000):
+        if said(f"{place}/code") != "lost":
+            return None
+        if pid := said(f"{place}/pid"):
+            status = said(f"/proc/{pid}/status")
+            if not status:
+                return None  # it has ended, and its code is not written yet
+            caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+            if os.path.realpath(__file__) in said(f"/proc/{pid}/cmdline") and caught >> (signal.SIGTERM - 1) & 1:
+                return int(pid)
+        time.sleep(0.02)
+    return None
+
+
+def said(path):
+    """What a file holds; nothing where there is none."""
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def describe(name, *, flags):
@@ -271,16 +288,15 @@ def uv(words):
 def bigflax(words):
     if words == ["--version"]:
         return print("bigflax 0.1.0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     with State() as values:
         starts = values.setdefault("starts", {})
         host = os.environ["STUB_HOST"].rpartition("-")[2]
         starts[host] = starts.get(host, 0) + 1
         how = (values["training"][min(starts[host], len(values["training"])) - 1].split("|") * 9)[int(host) if host.isdigit() else 0]
     print(f"start {starts[host]} of worker {host}", flush=True)
-    if how == "run":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-        while True:
-            time.sleep(0.05)
+    while how == "run":
+        time.sleep(0.05)
     if how == "2":
         print("bigflax: unknown key 'model.hiden_size'; did you mean 'hidden_size'?")
     sys.exit(int(how))
