@@ -187,8 +187,10 @@ class Run:
             )
         if kept is not None and jax.process_index() == 0:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with kept.open("wb") as file:
+            half = kept.parent / f"{kept.name}.tmp"  # a run that is killed here begins anew
+            with half.open("wb") as file:
                 np.savez(file, allow_pickle=False, **found)
+            half.replace(kept)
         return found
 
     @functools.cached_property

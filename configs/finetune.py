@@ -9,7 +9,9 @@ The weights are a folder as transformers writes it, or a hub id; the tokenizer i
 `--config.data.text=`, `--config.data.label=`, `--config.data.pair=` for two texts. A tenth of the records is held out by a hash of their names, unless
 `--config.data.validation_source` names others; the best checkpoint by accuracy is kept beside the newest.
 
-Measured: not yet run at full length.
+Measured: all methods, three seeds: not yet. One seed of MiniLM-L6 on 500 of Wikipedia's leads in 11 topics, 64 tokens, accuracy on 800 others: all weights
+89.1% after ten epochs; after six, lora 87.8%, bitfit 86.6% at a rate of 3e-3 and 86.1% at 1e-2. Logistic regression on the frozen encoder's
+embeddings has 78.8%.
 """
 
 from ml_collections import ConfigDict

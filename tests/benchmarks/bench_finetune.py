@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
     args = parser.parse_args()
     with contextlib.nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+        folder = os.path.join(folder, f"{args.train}-{args.epochs}")  # runs of other texts are other runs
         os.makedirs(folder, exist_ok=True)
         write_texts(args.texts, folder, args.train)
         (beside_torch if args.torch else methods)(args, folder)
