@@ -21,6 +21,7 @@ import contextlib
 import contextvars
 import functools
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,33 +29,51 @@ import qwix
 from jax.sharding import NamedSharding
 
 from bigflax.sharding import axes_of, batch_axes, constrain, current_layout, platform, spec
-from bigflax.weights import IA3, KINDS, Adapter, DoRA, LoRA, Perturbed, Prompted, Quantized, Rounded, Weight, dense, shape
+from bigflax.weights import IA3, KINDS, Adapter, DoRA, LoRA, Perturbed, Prompted, Quantized, Rounded, Weight, dense, is_typed, shape
 
 
 def einsum(spec: str, x: jax.Array, w: Weight, *, precision=None) -> jax.Array:
     """`jnp.einsum(spec, x, w)` over an array or typed weight; returns x.dtype."""
-    if isinstance(w, LoRA):
-        inputs, weight, output = _operands(spec)
-        rank = next(c for c in string.ascii_lowercase if c not in spec)
-        split, stack = w.a.ndim - 1, weight[: w.stacked]  # a stack of matrices (experts) leads both a and b
-        spec_ab = f"{inputs},{weight[:split]}{rank},{stack}{rank}{weight[split:]}->{output}"
-        # One einsum of three operands: its contraction order goes through the rank, whichever side of the weight is summed over.
-        update = jnp.einsum(spec_ab, _dropped(x, w), w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
-        return einsum(spec, x, w.base, precision=precision) + update * w.scale
-    if isinstance(w, DoRA):
-        inputs, weight, output = _operands(spec)
-        return einsum(spec, x, w.direction, precision=precision) * _beside(w.factor, weight, output).astype(x.dtype)
-    if isinstance(w, IA3):
-        return _scaled(spec, x, w, precision)
-    if isinstance(w, Adapter):
-        return _adapted(spec, x, w, precision)
-    if isinstance(w, Prompted | Perturbed):
-        return einsum(spec, x, w.base, precision=precision)
-    if isinstance(w, Quantized):
-        return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
-    if isinstance(w, Rounded):
-        return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
+    return product(w, spec, x, precision)
+
+
+@functools.singledispatch
+def product(w: Weight, spec: str, x: jax.Array, precision=None) -> jax.Array:
+    """`einsum`, dispatched on the type of w, which registers its own."""
     return jnp.einsum(spec, x, _cast(w, x.dtype), precision=precision)
+
+
+@product.register
+def _(w: LoRA, spec, x, precision=None):
+    inputs, weight, output = operands(spec)
+    rank = next(c for c in string.ascii_lowercase if c not in spec)
+    split, stack = w.a.ndim - 1, weight[: w.stacked]  # a stack of matrices (experts) leads both a and b
+    spec_ab = f"{inputs},{weight[:split]}{rank},{stack}{rank}{weight[split:]}->{output}"
+    # One einsum of three operands: its contraction order goes through the rank, whichever side of the weight is summed over.
+    update = jnp.einsum(spec_ab, _dropped(x, w), w.a.astype(x.dtype), w.b.astype(x.dtype), precision=precision)
+    return product(w.base, spec, x, precision) + update * w.scale
+
+
+@product.register
+def _(w: DoRA, spec, x, precision=None):
+    _, weight, output = operands(spec)
+    return product(w.direction, spec, x, precision) * beside(w.factor, weight, output).astype(x.dtype)
+
+
+@product.register(Prompted)
+@product.register(Perturbed)
+def _(w, spec, x, precision=None):
+    return product(w.base, spec, x, precision)
+
+
+@product.register
+def _(w: Quantized, spec, x, precision=None):
+    return qwix.einsum(spec, x, w.astype(x.dtype), precision=precision).astype(x.dtype)
+
+
+@product.register
+def _(w: Rounded, spec, x, precision=None) -> Any:
+    return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
 
 
 def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
@@ -64,32 +83,34 @@ def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
     return jnp.where(kept, x / (1 - w.rate), jnp.zeros((), x.dtype))
 
 
-def _scaled(spec: str, x: jax.Array, w: IA3, precision) -> jax.Array:
-    inputs, weight, output = _operands(spec)
+@product.register
+def _(w: IA3, spec, x, precision=None):
+    inputs, weight, output = operands(spec)
     if any(size > 1 and c not in output for c, size in zip(weight, w.scale.shape, strict=True)):
-        return einsum(spec, x * _beside(w.scale, weight, inputs).astype(x.dtype), w.base, precision=precision)
-    y, scale = einsum(spec, x, w.base, precision=precision), _beside(w.scale, weight, output)
+        return einsum(spec, x * beside(w.scale, weight, inputs).astype(x.dtype), w.base, precision=precision)
+    y, scale = einsum(spec, x, w.base, precision=precision), beside(w.scale, weight, output)
     if w.bias is None:
         return y * scale.astype(y.dtype)
     outputs = "".join(c for c in weight if c in output)
-    return y * scale.astype(y.dtype) + ((scale - 1) * _beside(w.bias, outputs, output)).astype(y.dtype)
+    return y * scale.astype(y.dtype) + ((scale - 1) * beside(w.bias, outputs, output)).astype(y.dtype)
 
 
-def _adapted(spec: str, x: jax.Array, w: Adapter, precision) -> jax.Array:
-    inputs, weight, output = _operands(spec)
+@product.register
+def _(w: Adapter, spec, x, precision=None):
+    inputs, weight, output = operands(spec)
     stack = "".join(c for c in weight if c in inputs and c in output)
     outputs = "".join(c for c in weight if c in output and c not in stack)
     rank = next(c for c in string.ascii_lowercase if c not in spec)
     narrow = "".join(c for c in output if c not in outputs) + rank
     z = einsum(spec, x, w.base, precision=precision)
-    bias = 0 if w.bias is None else _beside(w.bias, stack + outputs, output).astype(z.dtype)
+    bias = 0 if w.bias is None else beside(w.bias, stack + outputs, output).astype(z.dtype)
     h = einsum(f"{output},{stack}{outputs}{rank}->{narrow}", z + bias, w.down, precision=precision)
-    h = getattr(jax.nn, w.act)(h + _beside(w.down_bias, stack + rank, narrow).astype(h.dtype))
+    h = getattr(jax.nn, w.act)(h + beside(w.down_bias, stack + rank, narrow).astype(h.dtype))
     h = einsum(f"{narrow},{stack}{rank}{outputs}->{output}", h, w.up, precision=precision)
-    return z + h + _beside(w.up_bias, stack + outputs, output).astype(z.dtype)
+    return z + h + beside(w.up_bias, stack + outputs, output).astype(z.dtype)
 
 
-def _beside(part: jax.Array, letters: str, operand: str) -> jax.Array:
+def beside(part: jax.Array, letters: str, operand: str) -> jax.Array:
     """`part`, whose axes bear these letters, shaped to be multiplied with the operand; it is 1 along the letters that the operand lacks."""
     kept = [c for c in letters if c in operand]
     part = jnp.squeeze(part, tuple(i for i, c in enumerate(letters) if c not in operand))
@@ -125,7 +146,7 @@ def _cast(w: jax.Array, dtype) -> jax.Array:
 def narrow_einsum(spec: str, x: jax.Array, y: jax.Array, x_type: str, y_type: str) -> jax.Array:
     """The product of both operands in 8 bits, summed in 32: [..] float32. Each has one scale for all that one sum runs over, its largest absolute
     value over the largest number of the type, to which it is rounded to nearest."""
-    a, b, out = _operands(spec)
+    a, b, out = operands(spec)
     narrow = lambda v, letters, qtype: qwix.quantize(v, qtype, channelwise_axes=[i for i, c in enumerate(letters) if c in out])
     return qwix.einsum(spec, narrow(x, a, x_type), narrow(y, b, y_type), preferred_element_type=jnp.float32)
 
@@ -139,7 +160,7 @@ def _rounded(spec: str, kind: str, x: jax.Array, w: jax.Array) -> jax.Array:
 def _rounded_backward(spec, kind, saved, g):
     """As if nothing had been rounded (straight through), with products of 8 bits of their own."""
     x, w = saved
-    (a, b, out), (forward, back, both) = _operands(spec), KINDS[kind]
+    (a, b, out), (forward, back, both) = operands(spec), KINDS[kind]
     dx = narrow_einsum(f"{out},{b}->{a}", g, w, back, forward)
     if both:
         dw = narrow_einsum(f"{a},{out}->{b}", x, g, forward, back)
@@ -153,30 +174,57 @@ _rounded.defvjp(lambda spec, kind, x, w: (_rounded(spec, kind, x, w), (x, w)), _
 
 def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str | None, str | None] = ("vocab", "embed")) -> jax.Array:
     """Rows of a weight, whose `axes` these are: [V, D], ids [...] -> [..., D]. Ids outside 0..V-1 are clipped, as everywhere in JAX."""
-    if isinstance(w_VD, Rounded):
-        return take(w_VD.w, ids, dtype, axes=axes)
-    if isinstance(w_VD, LoRA):
-        rows = take(w_VD.base, ids, dtype, axes=axes)
-        return rows + (take(w_VD.a, ids, rows.dtype, axes=(axes[0], None)) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
-    if isinstance(w_VD, DoRA):
-        return _times(take(w_VD.direction, ids, dtype, axes=axes), w_VD.factor, ids)
-    if isinstance(w_VD, IA3):
-        return _times(take(w_VD.base, ids, dtype, axes=axes), w_VD.scale, ids)
-    if isinstance(w_VD, Adapter):
-        raise ValueError("an adapter stands behind a product, and rows of a table are not one; put it on a matrix of the layers")
-    if isinstance(w_VD, Prompted):
-        V = shape(w_VD)[0]
-        own, more = take(w_VD.base, ids, dtype, axes=axes), take(w_VD.prompt, jnp.maximum(ids - V, 0), dtype, axes=(None, axes[1]))
-        return jnp.where((ids < V)[..., None], own, more.astype(own.dtype))
-    if isinstance(w_VD, Perturbed):
-        if w_VD.delta.shape[:-1] != ids.shape:
-            raise ValueError(f"ids of shape {ids.shape} are looked up in a table that is perturbed for {w_VD.delta.shape[:-1]}")
-        rows = take(w_VD.base, ids, dtype, axes=axes)
-        return rows + w_VD.delta.astype(rows.dtype)
-    if isinstance(w_VD, Quantized):
+    return lookup(w_VD, ids, dtype, axes)
+
+
+@functools.singledispatch
+def lookup(w_VD: Weight, ids: jax.Array, dtype=None, axes=("vocab", "embed")) -> jax.Array:
+    """`take`, dispatched on the type of w, which registers its own; else each of its parts leads with the rows, or has one for all of them."""
+    if is_typed(w_VD):
         rows = dense(jax.tree.map(lambda part: part[ids] if part.shape[0] > 1 else part[0], w_VD))
         return rows if dtype is None else rows.astype(dtype)
     return _rows(w_VD, ids, w_VD.dtype if dtype is None else dtype, axes)
+
+
+@lookup.register
+def _(w_VD: Rounded, ids, dtype=None, axes=("vocab", "embed")):
+    return lookup(w_VD.w, ids, dtype, axes)
+
+
+@lookup.register
+def _(w_VD: LoRA, ids, dtype=None, axes=("vocab", "embed")):
+    rows = lookup(w_VD.base, ids, dtype, axes)
+    return rows + (lookup(w_VD.a, ids, rows.dtype, (axes[0], None)) @ w_VD.b.astype(rows.dtype)) * w_VD.scale
+
+
+@lookup.register
+def _(w_VD: DoRA, ids, dtype=None, axes=("vocab", "embed")):
+    return _times(lookup(w_VD.direction, ids, dtype, axes), w_VD.factor, ids)
+
+
+@lookup.register
+def _(w_VD: IA3, ids, dtype=None, axes=("vocab", "embed")):
+    return _times(lookup(w_VD.base, ids, dtype, axes), w_VD.scale, ids)
+
+
+@lookup.register
+def _(w_VD: Adapter, ids, dtype=None, axes=("vocab", "embed")):
+    raise ValueError("an adapter stands behind a product, and rows of a table are not one; put it on a matrix of the layers")
+
+
+@lookup.register
+def _(w_VD: Prompted, ids, dtype=None, axes=("vocab", "embed")):
+    V = shape(w_VD)[0]
+    own, more = lookup(w_VD.base, ids, dtype, axes), lookup(w_VD.prompt, jnp.maximum(ids - V, 0), dtype, (None, axes[1]))
+    return jnp.where((ids < V)[..., None], own, more.astype(own.dtype))
+
+
+@lookup.register
+def _(w_VD: Perturbed, ids, dtype=None, axes=("vocab", "embed")):
+    if w_VD.delta.shape[:-1] != ids.shape:
+        raise ValueError(f"ids of shape {ids.shape} are looked up in a table that is perturbed for {w_VD.delta.shape[:-1]}")
+    rows = lookup(w_VD.base, ids, dtype, axes)
+    return rows + w_VD.delta.astype(rows.dtype)
 
 
 def _times(rows: jax.Array, scale_VD: jax.Array, ids: jax.Array) -> jax.Array:
@@ -200,12 +248,12 @@ def _rows(w_VD: jax.Array, ids: jax.Array, dtype, axes) -> jax.Array:
 
 def _lettered(spec: str, ndim: int) -> str:
     """The spec with letters for "...", which is x's alone."""
-    inputs, _, _ = _operands(spec)
+    inputs, _, _ = operands(spec)
     free = [c for c in string.ascii_letters if c not in spec]
     return spec.replace("...", "".join(free[: ndim - len(inputs.replace("...", ""))]))
 
 
-def _operands(spec: str) -> tuple[str, str, str]:
+def operands(spec: str) -> tuple[str, str, str]:
     inputs, output = spec.replace(" ", "").split("->")
     x, w = inputs.split(",")
     return x, w, output
