@@ -41,6 +41,29 @@ def _adapter(w, axes):
     return _stirred(weights.adapter(w, 3, axes=axes, rng=KEY, act="gelu", bias=_random(_outputs(w, axes), 5)))
 
 
+def _low_rank(w, axes, rank=3):
+    """One that is not near w: the laws compare with what it stands for."""
+    ax = weights.parse_axes(axes)
+    stack, cut = w.shape[: len(ax.stack)], len(ax.stack + ax.first)
+    a, b = _random((*w.shape[:cut], rank), 2), _random((*stack, rank, *w.shape[cut:]), 3)
+    return weights.LowRank(a, b, len(ax.second))
+
+
+def _mask(w, axes, keep=2, of=4):
+    """The `keep` largest of each `of` along the last inputs."""
+    at = weights.input_axis(axes)
+    groups = np.moveaxis(np.abs(np.asarray(w)), at, -1).reshape(-1, min(of, w.shape[at]))
+    there = np.argsort(np.argsort(-groups, -1), -1) < keep
+    shape = np.moveaxis(np.asarray(w), at, -1).shape
+    return jnp.asarray(np.moveaxis(there.reshape(shape), -1, at))
+
+
+def _scaled(w, axes, base=lambda w: w):
+    scale = weights.ia3(w, axes=axes, inputs=True).scale
+    scale = scale + jnp.abs(_random(scale.shape, 7))
+    return weights.Scaled(base(w / scale), scale)
+
+
 # name -> (array, axes) -> weight
 WEIGHTS = {
     "array": lambda w, axes: w,
@@ -52,8 +75,38 @@ WEIGHTS = {
     "lora over lora": lambda w, axes: dataclasses.replace(_lora(_lora(w, axes), axes, rank=3), rs=True),
     "dora": lambda w, axes: _stirred(weights.dora(w, 2, axes=axes, rng=KEY, alpha=3.0)),
     "ia3 of inputs": lambda w, axes: _stirred(weights.ia3(w, axes=axes, inputs=True)),
+    "low rank": _low_rank,
+    "low rank of int8": lambda w, axes: int8_factors(_low_rank(w, axes), axes),
+    "sparse 2:4": lambda w, axes: weights.sparse(w, _mask(w, axes), axes=axes),
+    "sparse int8": lambda w, axes: sparse_int8(w, axes),
+    "sparse, not all outputs as many": lambda w, axes: weights.sparse(w, _mask(w, axes) & (w > -0.1), axes=axes),
+    "masked": lambda w, axes: weights.Masked(w, _mask(w, axes)),
+    "scaled": _scaled,
+    "scaled int8": lambda w, axes: _scaled(w, axes, lambda w: weights.quantize(w, axes=axes)),
+    "rotated": lambda w, axes: weights.rotated(w, KEY, axes=axes),
+    "rotated int8": lambda w, axes: rotated_int8(w, axes),
+    "lora over scaled int8": lambda w, axes: _lora(_scaled(w, axes, lambda w: weights.quantize(w, axes=axes)), axes),
     "ia3 of outputs over lora": lambda w, axes: _stirred(weights.ia3(_lora(w, axes), axes=axes)),
 }
+
+
+def int8_factors(w, axes):
+    ax = weights.parse_axes(axes)
+    factor = lambda first, second: weights.write_axes(weights.Axes(ax.stack, first, second, False))
+    a, b = weights.quantize(w.a, axes=factor(ax.first, ("_",))), weights.quantize(w.b, axes=factor(("_",), ax.second))
+    return weights.LowRank(a, b, w.split)
+
+
+def sparse_int8(w, axes):
+    made = weights.sparse(w, _mask(w, axes), axes=axes)
+    return dataclasses.replace(made, values=weights.quantize(made.values, axes=axes))
+
+
+def rotated_int8(w, axes):
+    made = weights.rotated(w, KEY, axes=axes)
+    return dataclasses.replace(made, base=weights.quantize(made.base, axes=axes))
+
+
 # Their products round, so that they are held to an error instead; every other law is theirs too.
 ROUNDED = {f"rounded to {kind}": lambda w, axes, kind=kind: weights.Rounded(w, kind) for kind in weights.KINDS}
 # Their products are not linear, and `dense` refuses them: laws of their own, beside those that do not speak of a matrix.
@@ -65,7 +118,7 @@ CURVED = {
 PRODUCTS = {
     "plain": ("embed -> mlp", (8, 6), "btd,df->btf", (2, 5, 8)),
     "to heads": ("embed -> heads head_dim", (8, 2, 4), "btd,dnh->btnh", (2, 5, 8)),
-    "from heads": ("heads head_dim -> embed", (2, 4, 8), "btnh,nhd->btd", (2, 5, 2, 4)),
+    "from heads": ("heads head_dim -> embed", (2, 8, 8), "btnh,nhd->btd", (2, 5, 2, 8)),
     "transposed": ("vocab <- embed", (6, 8), "btd,vd->btv", (2, 5, 8)),
 }
 each_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
@@ -90,7 +143,7 @@ def test_logical_shape(make, axes, shape, spec, x_shape, layers):
 def test_einsum_is_that_of_the_dense_array(make, axes, shape, spec, x_shape):
     w, x = make(_random(shape), axes), _random(x_shape, 3)
     want = jnp.einsum(spec, x, weights.dense(w))
-    # float32: the same products in another order, over at most 8 terms and a rank of 5
+    # float32: the same products in another order, over at most 16 terms and a rank of 5
     np.testing.assert_allclose(
         jax.jit(ops.einsum, static_argnums=0)(spec, x, w), want, rtol=0, atol=2e-6 * float(jnp.abs(want).max()) + 1e-7
     )
@@ -121,7 +174,7 @@ def test_gradient_reaches_what_trains_and_nothing_else(make):
     w, x = make(_random((8, 6)), "embed -> mlp"), _random((2, 8), 3)
     kept, rest = trees.partition(w, weights.trainable(w))
     if not jax.tree.leaves(kept):
-        assert isinstance(w, weights.Quantized)
+        assert any(isinstance(part, weights.Quantized) for part in jax.tree.leaves(w, is_leaf=lambda x: isinstance(x, weights.Quantized)))
         return
     grads = jax.grad(lambda kept: jnp.sum(ops.einsum("bd,df->bf", x, trees.combine(kept, rest)) ** 2))(kept)
     want = jax.grad(lambda kept: jnp.sum((x @ weights.dense(trees.combine(kept, rest))) ** 2))(kept)
@@ -138,7 +191,10 @@ def test_sharded_equals_whole(make):
     where = sharding.shardings(w, axes, mesh)
     assert all(isinstance(s, NamedSharding) for s in jax.tree.leaves(where))
     largest = max(zip(jax.tree.leaves(w), jax.tree.leaves(where), strict=True), key=lambda pair: pair[0].size)[1]
-    assert tuple(largest.spec) == (None, "fsdp", "tensor")
+    if isinstance(w, weights.LowRank):  # each factor has one of the two
+        assert {axis for s in jax.tree.leaves(where) for axis in s.spec} == {None, "fsdp", "tensor"}
+    else:
+        assert tuple(largest.spec) == (None, "fsdp", "tensor")
     product = jax.jit(lambda w: jax.vmap(lambda w: ops.einsum("bd,dnh->bnh", x, w))(w))
     np.testing.assert_allclose(product(jax.device_put(w, where)), product(w), atol=1e-6)
 
@@ -233,6 +289,30 @@ def test_int8_error_is_half_a_step(axes, shape, spec, x_shape, group):
         scale = jnp.repeat(scale, full // part, axis=i)
     # and one rounding of float32 in the product code * scale, of at most 127 steps
     assert bool(jnp.all(jnp.abs(w - weights.dense(q)) <= scale * (0.5 + 127 * 2**-23)))
+
+
+W8A8 = {
+    "each row": (lambda w, axes: weights.W8A8(weights.quantize(w, axes=axes)), lambda x: jnp.abs(x).max()),
+    "all rows": (lambda w, axes: weights.W8A8(weights.quantize(w, axes=axes), jnp.float32(0.004)), lambda x: 127 * 0.004),
+}
+
+
+@each_product
+@pytest.mark.parametrize("make, largest", W8A8.values(), ids=W8A8)
+def test_w8a8_rounds_what_goes_in(make, largest, axes, shape, spec, x_shape):
+    """Each entry of x is off by half a step of a 127th of the largest of its row, or of what one scale holds."""
+    w, x = make(_random(shape), axes), _random(x_shape, 3)
+    assert weights.shape(w) == shape and not any(jax.tree.leaves(weights.trainable(w)))
+    off = jnp.abs(jax.jit(ops.einsum, static_argnums=0)(spec, x, w) - jnp.einsum(spec, x, weights.dense(w)))
+    bound = jnp.einsum(spec, jnp.full_like(x, largest(x) / 254), jnp.abs(weights.dense(w)))
+    assert bool(jnp.all(off <= bound + 1e-6)) and float(off.max()) > 0
+    assert ops.einsum(spec, x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ops.take(w, jnp.array([1, 0])), weights.dense(w)[jnp.array([1, 0])])
+    layers = jax.tree.map(lambda part: jnp.stack([part, part]), w)
+    _, scanned = jax.jit(lambda w: jax.lax.scan(lambda _, w: (None, ops.einsum(spec, x, w)), None, w))(layers)
+    np.testing.assert_allclose(scanned[0], ops.einsum(spec, x, w), atol=1e-6)
+    text = jax.jit(ops.einsum, static_argnums=0).lower(spec, x, w).as_text()
+    assert any("dot_general" in line and line.count("xi8>") >= 2 for line in text.splitlines())
 
 
 def rounding(w, spec, x):

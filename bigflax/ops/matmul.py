@@ -73,7 +73,7 @@ def _(w: Quantized, spec, x, precision=None):
 
 @product.register
 def _(w: Rounded, spec, x, precision=None) -> Any:
-    return _rounded(_lettered(spec, x.ndim), w.kind, x, w.w)
+    return _rounded(lettered(spec, x.ndim), w.kind, x, w.w)
 
 
 def _dropped(x: jax.Array, w: LoRA) -> jax.Array:
@@ -181,7 +181,7 @@ def take(w_VD: Weight, ids: jax.Array, dtype=None, *, axes: tuple[str | None, st
 def lookup(w_VD: Weight, ids: jax.Array, dtype=None, axes=("vocab", "embed")) -> jax.Array:
     """`take`, dispatched on the type of w, which registers its own; else each of its parts leads with the rows, or has one for all of them."""
     if is_typed(w_VD):
-        rows = dense(jax.tree.map(lambda part: part[ids] if part.shape[0] > 1 else part[0], w_VD))
+        rows = dense(jax.tree.map(lambda part: part[ids if part.shape[0] > 1 else 0 * ids], w_VD))
         return rows if dtype is None else rows.astype(dtype)
     return _rows(w_VD, ids, w_VD.dtype if dtype is None else dtype, axes)
 
@@ -246,7 +246,7 @@ def _rows(w_VD: jax.Array, ids: jax.Array, dtype, axes) -> jax.Array:
     return constrain(lay(rows.astype(dtype), "batch", "seq", axes[1]), "batch", "seq", None)
 
 
-def _lettered(spec: str, ndim: int) -> str:
+def lettered(spec: str, ndim: int) -> str:
     """The spec with letters for "...", which is x's alone."""
     inputs, _, _ = operands(spec)
     free = [c for c in string.ascii_letters if c not in spec]

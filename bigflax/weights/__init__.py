@@ -29,7 +29,14 @@ Axes of a weight are one string, written where the weight is declared:
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1; its scale alpha / sqrt(rank), Kalajdzievski 2023 (2312.03732); QLoRA, Dettmers et
 al. 2023 (2305.14314), equation 5; DoRA, Liu et al. 2024 (2402.09353), equation 5 and section 4.3; IA3, Liu et al. 2022 (2205.05638), section 3.3;
 adapters, Houlsby et al. 2019 (1902.00751) and Pfeiffer et al. 2020 (2005.00247); prompts, Lester et al. 2021 (2104.08691).
-Left out on purpose: Sparse and LowRank arrive with the functions that make them (compress/).
+and what compression leaves (compressed.py, by compress/):
+
+    LowRank(a, b)              w = a . b                                 fewer numbers
+    Sparse(values, bits)       w = values where a bit is set, else 0     N:M, or as many for every output
+    Masked(w, mask)            w where mask, else 0                      while it trains
+    Scaled(base, scale)        w = base * scale                          `scale` varies over the inputs, and does not train
+    Rotated(base, signs)       w = R^T base                              R an orthogonal matrix that spreads what is large
+    W8A8(base)                 w = base, whose products round to int8 what they multiply
 """
 
 from bigflax.weights.adapted import (
@@ -49,6 +56,7 @@ from bigflax.weights.adapted import (
     rows,
 )
 from bigflax.weights.axes import Axes, parse_axes, write_axes
+from bigflax.weights.compressed import W8A8, LowRank, Masked, Rotated, Scaled, Sparse, hadamard, input_axis, rotated, sparse
 from bigflax.weights.laws import (
     TYPES,
     Array,
@@ -67,7 +75,8 @@ from bigflax.weights.laws import (
 from bigflax.weights.narrow import KINDS, Quantized, Rounded, quantize, rounded
 
 __all__ = [
-    "IA3", "KINDS", "TYPES", "VECTORS", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "Perturbed", "Prompted", "Quantized", "Rounded", "Weight",
-    "adapter", "can_train", "dense", "dora", "ia3", "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize",
-    "rounded", "rows", "shape", "trainable", "trains", "typed", "write_axes",
+    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Perturbed", "Prompted",
+    "Quantized", "Rotated", "Rounded", "Scaled", "Sparse", "Weight", "adapter", "can_train", "dense", "dora", "hadamard", "ia3", "input_axis",
+    "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize", "rotated", "rounded", "rows", "shape", "sparse",
+    "trainable", "trains", "typed", "write_axes",
 ]  # fmt: skip
