@@ -13,9 +13,11 @@ Legend: B batch, T time, S key time, D width, F mlp width, N heads, K kv heads, 
 Left out on purpose: mutable collections and lazily inferred shapes of outputs (a shape is written or follows from the input).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -168,6 +170,20 @@ def model(module: nn.Module, **example: Any) -> Model:
     return Model(init, apply, axes, module, shaped=shaped, begin=begin)
 
 
+_walk: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("bigflax_walk", default=None)
+
+
+@contextlib.contextmanager
+def walking(walk: Callable[..., Any]) -> Iterator[None]:
+    """Whatever is stacked inside is not scanned: `walk(path, layer, weights, x, shared, layers, tied)` gets the layers' path, `layer(weights, x, shared)`
+    -> (x, seen), and what `stack` would run, and returns what it would return. For whoever looks at a model layer by layer, outside of a trace."""
+    token = _walk.set(walk)
+    try:
+        yield
+    finally:
+        _walk.reset(token)
+
+
 def stack(
     block: nn.Module,
     layers: int | None,
@@ -191,6 +207,11 @@ def stack(
     the rows, and what becomes of what they return): not while there is something for `each` of them, nor where they are `joint`, which
     compute over all rows together (batch norm).
     """
+    walk = _walk.get()
+    if walk is not None and each is None and not block.is_initializing():
+        free = block.clone(parent=None)
+        layer = lambda weights, x, shared: free.apply({"params": weights}, x, None, **shared)
+        return walk("/".join(block.path), layer, block.variables["params"], x, shared, layers, tied)
     policy = pick(REMAT, remat, "remat")
     if layers is not None and each is None and not joint and not block.is_initializing():
         plan = pipeline.plan(layers, len(x))

@@ -24,6 +24,12 @@ class LowRank:
     b: Weight
     split: int = 1
 
+    @staticmethod
+    def factor_axes(axes: str) -> tuple[str, str]:
+        """The axes of a and b, of a weight of these axes."""
+        ax = parse_axes(axes)
+        return write_axes(Axes(ax.stack, ax.first, ("_",), False)), write_axes(Axes(ax.stack, ("_",), ax.second, False))
+
 
 @typed("values", "bits", meta=["axis"])
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +172,8 @@ def _sylvester(n: int) -> np.ndarray:
 
 @part_axes.register
 def _(w: LowRank, axes: str):
-    ax = parse_axes(axes)
-    return LowRank(part_axes(w.a, write_axes(Axes(ax.stack, ax.first, ("_",), False))),
-                   part_axes(w.b, write_axes(Axes(ax.stack, ("_",), ax.second, False))), w.split)  # fmt: skip
+    a, b = w.factor_axes(axes)
+    return LowRank(part_axes(w.a, a), part_axes(w.b, b), w.split)
 
 
 @part_axes.register

@@ -1,0 +1,150 @@
+"""Making a model small: functions from params to params, of which any chain may be put together.
+
+    small = quantize(model, params, [("blocks/.*/(q|k|v|out|up|gate|down)", "int4:128")])                            rounded to nearest
+    small = quantize(model, params, rules, method="gptq", forward=forward, batches=batches)                          by what goes into each matrix
+    small = prune(model, params, [("blocks/mlp/.*", "2:4")], method="wanda", forward=forward, batches=batches)       zeros
+    small = factorize(model, params, [("blocks/mlp/.*", 0.8)], method="whitened", forward=forward, batches=batches)  two narrow matrices for one
+
+`forward(params, batch)` is a call of the model or a loss, `batches` what is streamed through it (observing.py says how). Rules are ordered (regex, value)
+over the names of weights, first match wins, None leaves a weight as it is. A method is a function of one matrix, and a row of a table.
+
+Left out on purpose: the matrices of a mixture's experts where their products are ragged, for whatever looks at what goes into them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from bigflax import nn, trees
+from bigflax.compress import factoring, pruning, quantizing
+from bigflax.compress.observing import Seen, blank, layer_by_layer, layers_of, observe, stacked
+from bigflax.compress.pruning import packed
+from bigflax.weights import LowRank, Quantized, Sparse, Weight, is_typed, named_weights, parse_axes, shape, write_axes
+
+__all__ = [
+    "FACTORIZE", "PRUNE", "QUANTIZE", "Method", "Seen", "factorize", "layer_by_layer", "observe", "packed", "prune", "quantize",
+]  # fmt: skip
+
+Forward = Callable[[Any, Any], Any]
+
+
+class Method(NamedTuple):
+    """`make(w, value, axes=, seen=, **options) -> weight` of one matrix, and which statistics of its inputs it wants (none: it looks at no data)."""
+
+    make: Callable[..., Weight]
+    wants: tuple[str, ...] = ()
+
+
+QUANTIZE: Mapping[str, Method] = {
+    "rtn": Method(quantizing.rtn), "gptq": Method(quantizing.gptq, ("hessian",)), "awq": Method(quantizing.awq, ("hessian", "size")),
+    "w8a8": Method(quantizing.w8a8), "smoothquant": Method(quantizing.smoothquant, ("peak",)), "hadamard": Method(quantizing.turned, ("hessian",)),
+}  # fmt: skip
+PRUNE: Mapping[str, Method] = {
+    "magnitude": Method(pruning.magnitude), "wanda": Method(pruning.wanda, ("hessian",)), "sparsegpt": Method(pruning.sparsegpt, ("hessian",)),
+}  # fmt: skip
+FACTORIZE: Mapping[str, Method] = {
+    "svd": Method(factoring.svd), "asvd": Method(factoring.asvd, ("size",)), "whitened": Method(factoring.whitened, ("hessian",)),
+}  # fmt: skip
+
+
+def quantize(
+    model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "rtn", forward: Forward | None = None,
+    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+) -> Any:  # fmt: skip
+    """The params with what the rules match in the format that they say, "int4:128" (quantizing.py), by a method of QUANTIZE with its options.
+
+    The factors of a LowRank and the values of a Sparse are rounded to nearest, each by itself. Raises ValueError before any work for rules that match
+    nothing, formats that do not fit, options that the method does not have, and a method that looks at data and got none."""
+
+    def over(make, w, value, *, axes, seen, **options):
+        if isinstance(w, LowRank):
+            a, b = w.factor_axes(axes)
+            return LowRank(quantizing.rtn(w.a, value, axes=a), quantizing.rtn(w.b, value, axes=b), w.split)
+        if isinstance(w, Sparse):
+            return Sparse(quantizing.rtn(w.values, value, axes=axes), w.bits, w.axis)
+        if isinstance(w, Quantized) or is_typed(w):
+            raise ValueError(f"a {type(w).__name__} cannot be quantized; arrays, LowRank and Sparse can")
+        return make(w, value, axes=axes, seen=seen, **options)
+
+    return matrixwise(QUANTIZE, over, quantizing.read_format, model, params, rules, method, forward, batches, rows, options)
+
+
+def _arrays(what: str) -> Callable[..., Weight]:
+    def over(make, w, value, *, axes, seen):
+        if is_typed(w):
+            raise ValueError(f"a {type(w).__name__} cannot be {what}; that comes before other steps, on arrays")
+        return make(w, value, axes=axes, seen=seen)
+
+    return over
+
+
+def prune(
+    model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "wanda", forward: Forward | None = None,
+    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+) -> Any:  # fmt: skip
+    """The params with a Masked in the place of each matrix that the rules match, of the pattern that they say, "50%" or "2:4" (pruning.py), by a method of
+    PRUNE. Raises as `quantize` does."""
+    return matrixwise(PRUNE, _arrays("pruned"), pruning.read_pattern, model, params, rules, method, forward, batches, rows, options)
+
+
+def factorize(
+    model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "whitened", forward: Forward | None = None,
+    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+) -> Any:  # fmt: skip
+    """The params with a LowRank in the place of each matrix that the rules match, of the share of numbers or the rank that they say (factoring.py), by a method
+    of FACTORIZE. Raises as `quantize` does."""
+    return matrixwise(FACTORIZE, _arrays("factorized"), factoring.read_share, model, params, rules, method, forward, batches, rows, options)
+
+
+def matrixwise(
+    methods: Mapping[str, Method], over: Callable[..., Weight], read: Callable[[Any], Any], model: nn.Model, params: Any, rules: trees.Rules,
+    method: str, forward: Forward | None, batches: Iterable[Any] | None, rows: int, options: Mapping[str, Any],
+) -> Any:  # fmt: skip
+    """A method of a table over each matrix that the rules match, layer by layer where it looks at what goes into them."""
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}; {trees.did_you_mean(method, methods, 'there are')}")
+    make, wants = methods[method]
+    taken = [name for name in inspect.signature(make).parameters if name not in ("seen", "axes")][2:]
+    if unknown := sorted(options.keys() - {*taken}):
+        raise ValueError(f"{method} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'its options are')}")
+    if wants and (forward is None or batches is None):
+        raise ValueError(f"{method} looks at what goes into the matrices: give forward and batches, or take a method that needs none")
+    texts, leaves = dict(trees.named_leaves(model.axes)), dict(named_weights(params))
+    trees.apply_rules(rules, params, is_leaf=is_typed)
+    said = {name: trees.match(trees.checked(rules), name) for name in leaves}
+    values = {name: read(value) for name, value in said.items() if value is not None}
+    made = functools.partial(over, functools.partial(make, **options))
+    change = lambda name, w, seen: _each(w, inner(texts[name]), seen, functools.partial(made, value=values[name]))
+    for name in values:  # what does not fit is said before any work
+        if not parse_axes(texts[name]).contracted:
+            raise ValueError(f"the rules match {name}, which has no inputs; compress matrices, not biases, norms and statistics")
+        like = jax.eval_shape(lambda w, name=name: layers_of(w, texts[name])[0], leaves[name])
+        jax.eval_shape(lambda w, name=name: change(name, w, blank(w, inner(texts[name]), wants) if wants else None), like)
+    if wants:
+        assert forward is not None and batches is not None
+        return layer_by_layer(forward, params, batches, change, list(values), axes=model.axes, wants=wants, rows=rows)
+
+    def all_layers(name, w):
+        layers = [change(name, layer, None) for layer in layers_of(w, texts[name])]
+        return stacked(layers) if "layers" in parse_axes(texts[name]).stack else layers[0]
+
+    return trees.map_named(lambda name, w: all_layers(name, w) if name in values else w, params, is_leaf=is_typed)
+
+
+def inner(axes: str) -> str:
+    """The axes of one layer of a weight."""
+    ax = parse_axes(axes)
+    return write_axes(ax._replace(stack=tuple(name for name in ax.stack if name != "layers")))
+
+
+def _each(w: Weight, axes: str, seen: Seen | None, make: Callable[..., Weight]) -> Weight:
+    """A matrix, or each of a stack of them (a mixture's experts)."""
+    ax = parse_axes(axes)
+    if not ax.stack:
+        return make(w, axes=axes, seen=seen)
+    at = lambda tree, i: None if tree is None else jax.tree.map(lambda part: part[i], tree)
+    rest = write_axes(ax._replace(stack=ax.stack[1:]))
+    return stacked([_each(at(w, i), rest, at(seen, i), make) for i in range(shape(w)[0])])

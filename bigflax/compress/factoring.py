@@ -1,0 +1,85 @@
+"""A matrix as a product of two narrow ones.
+
+    svd         the nearest in the sum of squares of the matrix: Eckart and Young 1936
+    asvd        the same of the matrix with its inputs multiplied by (mean |x|)^alpha: Yuan et al. 2023, arXiv 2312.05821, equation 6
+    whitened    the nearest in the sum of squares of its products with what goes in: SVD-LLM, Wang et al. 2024, 2403.07378, section 3.1
+
+Of w [K, N] a share of the numbers stays: rank r = share K N / (K + N), so shares above about a half pay for square matrices only where the rank that is left is
+enough. What comes out is a `LowRank`.
+
+Legend: K inputs, N outputs, R rank.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigflax.compress.matrices import as_matrix
+from bigflax.compress.observing import Seen
+from bigflax.weights import LowRank, parse_axes
+
+Array = jax.Array
+
+
+def read_share(value: Any) -> float | int:
+    """A share of the numbers that stay, 0.8 or "80%", or a rank, 64. Raises ValueError for anything else."""
+    if isinstance(value, str) and value.endswith("%"):
+        value = float(value[:-1]) / 100
+    if (isinstance(value, float) and 0 < value < 1) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is no share such as 0.8, nor a rank such as 64")
+
+
+def rank_of(share: float | int, w_KN: Array) -> int:
+    """The rank that leaves this share of the numbers. Raises ValueError for a rank that saves nothing."""
+    K, N = w_KN.shape
+    rank = share if isinstance(share, int) else int(share * K * N / (K + N))
+    if rank < 1 or rank * (K + N) >= K * N:
+        raise ValueError(
+            f"rank {rank} of a matrix {K} x {N} leaves {'nothing' if rank < 1 else 'as many numbers as before'}; take 1 to {(K * N - 1) // (K + N)}"
+        )
+    return rank
+
+
+def svd(w: Array, share: float | int, *, axes: str, seen: Seen | None = None) -> LowRank:
+    """The best of its rank in the sum of squares."""
+    w_KN = as_matrix(w, axes)
+    a, b = _cut(w_KN, rank_of(share, w_KN))
+    return _as_low_rank(a, b, w, axes)
+
+
+def asvd(w: Array, share: float | int, *, axes: str, seen: Seen, alpha: float = 0.5) -> LowRank:
+    """The best of its rank once inputs are multiplied by what they are on average, to the power alpha."""
+    w_KN = as_matrix(w, axes)
+    size_K = (seen.size / seen.count) ** alpha
+    size_K = jnp.maximum(size_K, 1e-3 * size_K.max() + 1e-20)
+    a, b = _cut(w_KN * size_K[:, None], rank_of(share, w_KN))
+    return _as_low_rank(a / size_K[:, None], b, w, axes)
+
+
+def whitened(w: Array, share: float | int, *, axes: str, seen: Seen, damp: float = 1e-4) -> LowRank:
+    """The best of its rank in the sum of squares of x w over all x: with L L^T = H, that of L^T w. `damp` times the mean of the hessian's diagonal is added."""
+    w_KN = as_matrix(w, axes)
+    hessian = seen.hessian + damp * jnp.mean(seen.squares) * jnp.eye(len(w_KN))
+    low = jnp.linalg.cholesky(hessian)
+    a, b = _cut(low.T @ w_KN, rank_of(share, w_KN))
+    return _as_low_rank(jax.scipy.linalg.solve_triangular(low.T, a, lower=False), b, w, axes)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(w_KN: Array, rank: int) -> tuple[Array, Array]:
+    """a [K, R] and b [R, N], the singular values shared between them."""
+    u, s, v = jnp.linalg.svd(w_KN, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def _as_low_rank(a_KR: Array, b_RN: Array, w: Array, axes: str) -> LowRank:
+    ax = parse_axes(axes)
+    if ax.outputs_first:
+        a_KR, b_RN = b_RN.T, a_KR.T
+    cut = len(ax.first)
+    rank = a_KR.shape[1]
+    return LowRank(a_KR.reshape(*w.shape[:cut], rank).astype(w.dtype), b_RN.reshape(rank, *w.shape[cut:]).astype(w.dtype), len(ax.second))
