@@ -55,8 +55,8 @@ def prepared(w_KN: Array, hessian_KK: Array, damp: float, order: bool) -> tuple[
     """(U [K, K], order [K], w [K, N]): U upper triangular with U^T U the inverse of the damped hessian, both in this order of the inputs. What never
     was anything but zero has no say, and its weights are zero."""
     diagonal = jnp.diag(hessian_KK)
-    dead = diagonal == 0
-    h = hessian_KK + jnp.diag(jnp.where(dead, 1.0, 0.0) + damp * jnp.mean(diagonal))
+    dead = (diagonal == 0) & jnp.any(diagonal > 0)  # where nothing was seen at all, every input has one say
+    h = hessian_KK + jnp.diag(jnp.where(diagonal == 0, 1.0, 0.0) + damp * jnp.mean(diagonal))
     order_K = jnp.argsort(-diagonal, stable=True) if order else jnp.arange(len(h))
     w, h = jnp.where(dead[:, None], 0.0, w_KN)[order_K], h[order_K][:, order_K]
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(h), True), jnp.eye(len(h)))

@@ -194,7 +194,7 @@ def _mask(batch: Any) -> Array | None:
 
 
 def _checked(name: str, seen: Seen) -> Seen:
-    if not bool(jnp.all(seen.count > 0)):
+    if not bool(jnp.any(seen.count > 0)):
         raise ValueError(f"nothing went into {name} while it was observed; give batches, and a forward that uses it as a matrix")
     return seen
 
