@@ -164,10 +164,10 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
-    from bigflax import hub, runs, trees
+    from bigflax import exports, hub, trees
 
     if os.path.isdir(os.path.join(args.source, "checkpoints")):
-        runs.export(args.source, args.target, adapter=args.adapter, dtype=args.dtype)
+        exports.export(args.source, args.target, adapter=args.adapter, dtype=args.dtype)
         return 0
     if args.adapter:
         raise ValueError(f"--adapter is for the work folder of a run, and {args.source!r} is none")

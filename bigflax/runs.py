@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigflax import adapters, chips, data, hub, models, optim, peft, preference, recipes, sharding, summaries, tasks, train, trees, xla
+from bigflax import chips, data, hub, models, optim, peft, preference, recipes, sharding, summaries, tasks, train, trees, xla
 from bigflax.checkpoint import Checkpoints
 from bigflax.data.quality import Quality
 from bigflax.generate import check as check_generate
@@ -241,17 +241,25 @@ class Run:
     def tx(self):
         return optim.make(**self.config.optimizer, steps=self.steps, axes=self.model.axes)
 
-    def loss_of(self, **changes: Any) -> tasks.LossFn:
-        """The recipe's loss, with changes of its task's options."""
+    def loss_of(self, model: models.nn.Model | None = None, **changes: Any) -> tasks.LossFn:
+        """The recipe's loss of a model, by default its own, with changes of its task's options."""
         text: dict[str, Any] = {"token_bytes": self.tokenizer.token_bytes()} if self.kind.prose else {}
         if "classes" in inspect.signature(tasks.find(self.config.task.name).loss).parameters:
             text["classes"] = self.classes
-        return tasks.create(**{**self.config.task, **changes}, model=self.model, **text)
+        return tasks.create(**{**self.config.task, **changes}, model=model or self.model, **text)
 
     @functools.cached_property
     def loss_fn(self) -> tasks.LossFn:
         loss_fn = self.loss_of()
         return peft.dropout(loss_fn, rate) if (rate := self.config.peft.get("dropout", 0.0)) else loss_fn
+
+    def of(self, model: models.nn.Model) -> "Run":
+        """The same run of another model, all of whose weights train: the data are not opened again."""
+        made, own = Run(self.config), ("base", "model", "tuned", "shapes", "writer", "tx", "loss_fn")
+        made.__dict__ |= {name: part for name, part in self.__dict__.items() if name not in own}
+        made.base = made.writer = made.model = model
+        made.tuned = None
+        return made
 
     def state_like(self) -> train.State:
         begin, freeze = (self.model.init, ()) if self.tuned is None else (self.tuned.params, self.tuned.freeze)
@@ -268,10 +276,10 @@ class Run:
         seed = self.config.seed
         return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=seed, freeze=freeze, table=self.table)
 
-    def evaluator(self) -> Callable[[train.State], Mapping[str, float]]:
-        """`state -> metrics` over the whole validation split, and the scores of `generate` over the first of its records."""
+    def evaluator(self) -> Callable[[Any], Mapping[str, float]]:
+        """`weights -> metrics` over the whole validation split, and the scores of `generate` over the first of its records."""
         step, loader = train.eval_step(self.loss_fn, self.mesh, self.table), self.loader("validation")
-        return lambda state: {**train.evaluate(step, state.averaged, loader), **self.scores(state.averaged)}
+        return lambda weights: {**train.evaluate(step, weights, loader), **self.scores(weights)}
 
     def scores(self, params: Any) -> dict[str, float]:
         """`generate.scores` of what the model writes for the first `generate.records` of the validation split."""
@@ -445,10 +453,11 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             peak_flops=chips.peak_flops(),
             total_steps=run.steps,
         )
+        measure = run.evaluator()
         writers = open_writers(config.work, total_steps=run.steps, step=at or 0, enabled=first)
         try:
             state = train.fit(
-                state, xla.announced(step, announce), loader, **run.fit_options(), evaluate=run.evaluator(), checkpoints=checkpoints,
+                state, xla.announced(step, announce), loader, **run.fit_options(), evaluate=lambda state: measure(state.averaged), checkpoints=checkpoints,
                 meta={"config": recipes.flat(config), "classes": run.classes, "steps": run.steps}, write=writers.write, meter=meter, watch=watch, stop=stop,
             )  # fmt: skip
         finally:
@@ -462,30 +471,6 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
     if first:
         summaries.summarize(run, int(state.step), text, time.perf_counter() - began, cost, say)
     return 0
-
-
-def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
-    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
-    adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
-    if adapter and dtype is not None:
-        raise ValueError("an adapter is written in the dtype that it was trained in; leave out --dtype, or --adapter")
-    with Checkpoints(os.path.join(work, "checkpoints")) as checkpoints:
-        meta = checkpoints.meta()
-        said = recipes.unflatten(meta["config"])
-        watch = said.watch if said.fit.eval_every or said.fit.epochs else None
-    best = None if watch is None else (watch.metric, watch.mode)
-    with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
-        said.work = work
-        run, step = Run(said), checkpoints.best() or checkpoints.latest()
-        run.classes, run.steps = meta["classes"], meta["steps"]  # the data need not be here any more
-        weights = checkpoints.restore(run.state_like(), step=step).state.averaged
-    names = run.classes if isinstance(run.classes, tuple | list) else ()
-    if adapter:
-        adapters.save_adapter(run.model, weights, folder)
-    else:
-        tokenizer = run.tokenizer if run.kind.tokenized else None
-        hub.save(run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=names)
-    say(f"the weights of step {step} are in {folder}")
 
 
 def check_same(saved: Mapping[str, Any], config: Config, allow_changes: bool, say: Callable[[str], None]) -> None:

@@ -211,7 +211,7 @@ def test_what_is_written_is_scored(tmp_path, monkeypatch):
     there = [json.loads(line)["target"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(said) == len(true) and 20 < len(true) < 50 and len(true) % 32
     assert sorted(true) == sorted(there[i] for i in range(400) if run.records("validation")[0].chosen(i))
-    assert {*run.evaluator()(train.init_state(run.model.init, run.tx, mesh=run.mesh, axes=run.model.axes))} >= {"loss", "accuracy", "wer"}
+    assert {*run.evaluator()(run.model.init(jax.random.key(0)))} >= {"loss", "accuracy", "wer"}
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def in_turns(method: str, seed: int, args: argparse.Namespace, folder: str):
         times.append(time.perf_counter())
         seconds.append(np.diff(times))
     loader.close()
-    return run.evaluator()(state)["accuracy"], torch_accuracy(theirs.eval(), run.loader("validation")), *np.array(seconds[2:]).T
+    return run.evaluator()(state.averaged)["accuracy"], torch_accuracy(theirs.eval(), run.loader("validation")), *np.array(seconds[2:]).T
 
 
 def beside_torch(args: argparse.Namespace, folder: str) -> None:

@@ -1,0 +1,218 @@
+"""A chain: a run's model made small in ordered steps, each measured, saved, and where it is there already read instead of made again.
+
+    chain = [dict(do="prune", to="2:4", method="wanda"), dict(do="recover", steps=200), dict(do="quantize", to="int8")]
+    report = compress(run, weights, chain=chain, max_loss=0.01)
+
+    do           what                                                                                 further options
+    quantize     `to` a format, "int4:128"                                                            those of compress.quantize and its method
+    prune        `to` a pattern, "50%" or "2:4"                                                       those of compress.prune
+    factorize    `to` a share of the numbers, 0.8, or a rank                                          those of compress.factorize
+    recover      trains what can train, with the model at the start as a teacher                      steps, lr, weight, temperature, and of optim.make
+    pack         zeros and their places leave the memory (compress.packed)
+
+`rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers. In `run.work` each step
+leaves compress/1-prune ..., a folder that `bigflax.load` reads, and the whole chain report.json, report.txt, quality.png and error.png.
+
+A step that makes the run's watched metric worse by more than `max_loss`, a share of what it was, ends the chain, and the step before it is what is kept; one
+that `recover` follows is judged after that.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from bigflax import compress as small
+from bigflax import hub, nn, optim, train, trees
+from bigflax.compress import distill
+from bigflax.compress.report import Report, Row, divergence, measure
+from bigflax.weights import parse_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A model on its way: the run that it is of, its weights, the batches that it is fitted to, and the model that the chain began with."""
+
+    run: Any
+    params: Any
+    batches: Sequence[Any]
+    start: tuple[nn.Model, Any]
+
+    @property
+    def model(self) -> nn.Model:
+        return self.run.model
+
+    @property
+    def forward(self) -> Callable[[Any, Any], Any]:
+        """The loss of a batch, without an attack."""
+        loss_fn = self.run.loss_of(attack=None)
+        return lambda params, batch: train.split_loss(loss_fn(params, batch, None))[0].total
+
+
+def matrices(model: nn.Model, to: Any) -> trees.Rules:
+    """Rules that say `to` of every matrix of the layers: of all that multiplies there, but for routers and filters."""
+    found = []
+    for name, text in trees.named_leaves(model.axes):
+        ax = parse_axes(text)
+        if "layers" in ax.stack and ax.first and "_" not in ax.names:
+            found.append((re.escape(name), to))
+    if not found:
+        raise ValueError("this model has no stacked layers whose matrices could be taken for all; say which by rules")
+    return found
+
+
+def _by(verb: Callable[..., Any]) -> Callable[..., Link]:
+    def step(link: Link, *, to: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
+        if (to is None) == (rules is None):
+            raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two")
+        said = matrices(link.model, to) if rules is None else rules
+        return dataclasses.replace(link, params=verb(link.model, link.params, said, forward=link.forward, batches=link.batches, **options))
+
+    step.options = [name for name in inspect.signature(verb).parameters if name not in ("model", "params", "forward", "batches")]  # type: ignore[attr-defined]
+    return step
+
+
+def recover(
+    link: Link,
+    *,
+    steps: int,
+    lr: float = 1e-4,
+    weight: float = 0.5,
+    temperature: float = 2.0,
+    say: Callable[[str], None] = print,
+    **optimizer: Any,
+) -> Link:
+    """Trains so many steps of the run's own batches by the run's own task, and `weight` of it by what the model at the start says of them."""
+    run, (teacher, told) = link.run, link.start
+    both = distill.taught(link.params, link.model.axes, told, teacher.axes)
+    tx = optim.make(**{"weight_decay": 0.0, "kind": "linear", "final": 0.0, **optimizer}, lr=lr, steps=steps, axes=both.axes)
+    loss_fn = distill.distill(lambda model: run.loss_of(model, attack=None), link.model, teacher, weight=weight, temperature=temperature)
+    state = train.init_state(both.params, tx, mesh=run.mesh, axes=both.axes, freeze=both.freeze, seed=run.config.seed, table=run.table)
+    step = train.train_step(loss_fn, tx, state, seed=run.config.seed, table=run.table)
+    with run.loader("train") as loader:
+        for at in range(1, steps + 1):
+            state, metrics = step(state, next(loader))
+            if at in (1, steps) or at % max(1, steps // 5) == 0:
+                say(f"  recover {at}/{steps}  loss {float(metrics['loss'].value):.4f}")
+    return dataclasses.replace(link, params=distill.untaught(state.weights))
+
+
+def pack(link: Link) -> Link:
+    """Sparse in the place of Masked."""
+    return dataclasses.replace(link, params=small.packed(link.params, link.model.axes))
+
+
+STEPS: Mapping[str, Callable[..., Link]] = {
+    "quantize": _by(small.quantize), "prune": _by(small.prune), "factorize": _by(small.factorize), "recover": recover, "pack": pack,
+}  # fmt: skip
+
+
+def check(chain: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a chain that names no step, or one that there is not, or that contradicts itself."""
+    if not chain:
+        raise ValueError("a chain has at least one step, such as dict(do='quantize', to='int8')")
+    codes = False
+    for said in chain:
+        what = said.get("do", "")
+        if what not in STEPS:
+            raise ValueError(f"a step does {what!r}; {trees.did_you_mean(str(what), STEPS, 'it can')}")
+        if what in ("prune", "factorize") and codes:
+            raise ValueError(f"{what} behind quantize has only codes to work on; put it before")
+        codes |= what == "quantize"
+
+
+def name_of(at: int, said: Mapping[str, Any]) -> str:
+    """The folder of a step: "2-quantize-int4-128-gptq"."""
+    words = [said["do"], *(str(said[key]) for key in ("to", "method") if said.get(key) is not None)]
+    return f"{at}-" + re.sub(r"[^\w.]+", "-", "-".join(words)).strip("-").lower()
+
+
+def compress(
+    run: Any, weights: Any, *, chain: Sequence[Mapping[str, Any]], batches: int = 8, max_loss: float | None = None, turns: int = 15,
+    labels: Sequence[str] = (), say: Callable[[str], None] = print,
+) -> Report:  # fmt: skip
+    """Takes the weights through the chain and reports; `batches` of the run's training data are what is looked at on the way.
+
+    Raises ValueError for a chain that `check` refuses, and what its steps raise, before the first of them works."""
+    check(chain)
+    chain = [dict(said) for said in chain]
+    folder, metric, mode = os.path.join(run.work, "compress"), run.config.watch.metric, "max" if run.config.watch.mode == "max" else "min"
+    with run.loader("train") as loader:
+        held = [next(loader) for _ in range(batches)]
+    link = Link(run, weights, held, (run.model, weights))
+    rows = [_row("start", link, None)]
+    if metric not in rows[0].metrics:
+        raise ValueError(f"no metric {metric!r} to judge by; {trees.did_you_mean(metric, rows[0].metrics, 'the evaluation has')}")
+    say(Report(tuple(rows), metric, mode).table())
+    good = "the start"
+    for at, said in enumerate(chain, 1):
+        place = os.path.join(folder, name_of(at, said))
+        link, row = _made(link, chain[:at], place, rows, turns, labels, say)
+        rows.append(row)
+        report = Report(tuple(rows), metric, mode)
+        report.write(folder)
+        say(report.table().splitlines()[-1])
+        recovers = at < len(chain) and chain[at]["do"] == "recover"
+        if max_loss is not None and not recovers and report.loss(row) > max_loss:
+            say(f"{row.step} is worse by {report.loss(row):.2%}, more than {max_loss:.2%}: the chain ends, {good} is kept")
+            break
+        if not recovers:
+            good = place
+    report = Report(tuple(rows), metric, mode)
+    say(f"\n{report.table()}\n\nkept: {good}; report.json, quality.png and error.png are in {folder}")
+    return report
+
+
+def _made(
+    link: Link, chain: list[dict[str, Any]], place: str, rows: list[Row], turns: int, labels: Sequence[str], say: Any
+) -> tuple[Link, Row]:
+    """The link behind the last step of this chain and its row, read where it was made already."""
+    record = os.path.join(place, "step.json")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(record) as file:
+            found = json.load(file)
+        if found["chain"] == json.loads(json.dumps(chain)):
+            model, params = hub.load(place, mesh=link.run.mesh, table=link.run.table)
+            say(f"{os.path.basename(place)} is there already")
+            return dataclasses.replace(link, run=link.run.of(model), params=params), Row.read(found["row"])
+    options = {name: value for name, value in chain[-1].items() if name != "do"}
+    took = {"say": say} if chain[-1]["do"] == "recover" else {}
+    link = STEPS[chain[-1]["do"]](link, **options, **took)
+    shutil.rmtree(place, ignore_errors=True)
+    tokenizer = link.run.tokenizer if link.run.kind.tokenized else None
+    hub.save(link.model, link.params, place, tokenizer=tokenizer, labels=labels)
+    disk = sum(os.path.getsize(os.path.join(place, name)) for name in os.listdir(place) if name.endswith(".safetensors"))
+    row = _row(os.path.basename(place), link, disk, turns)
+    with open(record, "w") as file:
+        json.dump({"chain": chain, "row": dataclasses.asdict(row)}, file, indent=1)
+    return link, row
+
+
+def _row(name: str, link: Link, disk: int | None, turns: int = 15) -> Row:
+    run, (model, params) = link.run, link.start
+    start = (dataclasses.replace(link, run=run.of(model)).forward, params)
+    metrics = run.evaluator()(link.params)
+    if name == "start":
+        return measure(name, link.forward, link.params, link.batches[0], metrics=metrics, disk=trees.nbytes(params), turns=turns)
+    kl = _kl(link, model, params)
+    return measure(name, link.forward, link.params, link.batches[0], metrics=metrics, start=start, kl=kl, disk=disk, turns=turns)
+
+
+def _kl(link: Link, model: nn.Model, params: Any) -> float | None:
+    """Over the first batches that the model is held out; None where its task asks it for something else than logits of its inputs."""
+    given = lambda batch: {name: x for name, x in batch.items() if name != "labels"}
+    logits = lambda of: lambda params, batch: of.apply(params, **given(batch))["logits"]
+    with link.run.loader("validation") as loader:
+        batches = [batch for batch, _ in zip(loader, range(4), strict=False)]
+    try:
+        jax.eval_shape(logits(model), params, batches[0])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return divergence(logits(link.model), logits(model), link.params, params, batches)

@@ -1,0 +1,53 @@
+"""What a run leaves: its trained model, read from the work folder, and written for others to read."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bigflax import adapters, hub, peft, recipes
+from bigflax.checkpoint import Checkpoints
+from bigflax.runs import Run
+
+
+class Trained(NamedTuple):
+    """A run, the step of its best checkpoint, or of its newest where none is best, and the weights there."""
+
+    run: Run
+    step: int
+    weights: Any
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of its classes, where they have any."""
+        return tuple(self.run.classes) if isinstance(self.run.classes, tuple | list) else ()
+
+
+def trained(work: str) -> Trained:
+    """What the work folder of a run holds; its data need not be here any more."""
+    with Checkpoints(os.path.join(work, "checkpoints")) as checkpoints:
+        meta = checkpoints.meta()
+        said = recipes.unflatten(meta["config"])
+        watch = said.watch if said.fit.eval_every or said.fit.epochs else None
+    best = None if watch is None else (watch.metric, watch.mode)
+    with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
+        said.work = work
+        run, step = Run(said), checkpoints.best() or checkpoints.latest()
+        run.classes, run.steps = meta["classes"], meta["steps"]
+        return Trained(run, step, checkpoints.restore(run.state_like(), step=step).state.averaged)  # type: ignore[arg-type]
+
+
+def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
+    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
+    adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
+    if adapter and dtype is not None:
+        raise ValueError("an adapter is written in the dtype that it was trained in; leave out --dtype, or --adapter")
+    found = trained(work)
+    run, weights = found.run, found.weights
+    if adapter:
+        adapters.save_adapter(run.model, weights, folder)
+    else:
+        tokenizer = run.tokenizer if run.kind.tokenized else None
+        hub.save(
+            run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=found.labels
+        )
+    say(f"the weights of step {found.step} are in {folder}")
