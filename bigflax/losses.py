@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 IGNORE = -100
-DIVERGENCES = ("forward", "reverse", "js", "skewed")
+DIVERGENCES = ("forward", "reverse", "js", "skewed", "skewed_reverse")
 PREFERENCES = ("sigmoid", "ipo", "hinge")
+NEVER = -1e30  # the logit of what is no candidate: its probability is 0, and unlike that of -inf its gradient is too
 
 
 def token_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -78,30 +79,101 @@ def huber(predictions: jax.Array, targets: jax.Array, *, delta: float = 1.0) -> 
 
 
 def kl_divergence(
-    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0, kind: str = "forward", skew: float = 0.1
-) -> jax.Array:
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0, kind: str = "forward", skew: float = 0.1,
+    beta: float = 0.5,
+) -> jax.Array:  # fmt: skip
     """temperature^2 times a divergence of p (teacher) and q (student), both softened by the temperature; [..., V] -> [...].
 
-    forward  KL(p | q)                       Hinton et al. 2015 (arXiv 1503.02531): its temperature^2 keeps the gradient's size
-    reverse  KL(q | p)                       Gu et al. 2023 (MiniLLM, 2306.08543)
-    js       KL(p | m) / 2 + KL(q | m) / 2,  m = (p + q) / 2; Agarwal et al. 2023 (GKD, 2306.13649)
-    skewed   KL(p | skew p + (1 - skew) q)   Ko et al. 2024 (DistiLLM, 2402.03898)
+    forward         KL(p | q)                              Hinton et al. 2015 (arXiv 1503.02531): its temperature^2 keeps the gradient's size
+    reverse         KL(q | p)                              Gu et al. 2023 (MiniLLM, 2306.08543)
+    js              beta KL(p | m) + (1 - beta) KL(q | m), m = beta p + (1 - beta) q; Agarwal et al. 2023 (GKD, 2306.13649), equation 1
+    skewed          KL(p | skew p + (1 - skew) q)          Ko et al. 2024 (DistiLLM, 2402.03898)
+    skewed_reverse  KL(q | skew q + (1 - skew) p)          the same
 
     Never negative, 0 where the two agree. The teacher gets a gradient too: `jax.lax.stop_gradient` is the caller's.
     """
+    log_q, log_p = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student_logits, teacher_logits))
+    return temperature**2 * _divergence(log_p, log_q, kind, skew, beta)
+
+
+def top_k_divergence(
+    student_logits: jax.Array, values: jax.Array, ids: jax.Array, *, temperature: float = 1.0, kind: str = "forward", skew: float = 0.1,
+    beta: float = 0.5,
+) -> jax.Array:  # fmt: skip
+    """`kl_divergence` from a teacher of whom `top_k` is left, its temperature this one: [..., V], [..., k + 1], [..., k] -> [...].
+
+    All classes but the teacher's k likeliest are one, the tail, whose probabilities are p_tail = 1 - sum_k p and q_tail = 1 - sum_k q:
+
+        sum_k d(p_k, q_k) + d(p_tail, q_tail),      d = p log(p / q) for "forward"
+
+    which is 0 where the k agree, never more than the divergence of all classes (joining classes loses information), and equal to it for k = V.
+    Without the tail, as after renormalizing the k, nothing would keep the student from giving probability to what the teacher rules out.
+    """
+    log_q = jax.nn.log_softmax(_joined(student_logits.astype(jnp.float32) / temperature, ids))
+    log_p = jax.nn.log_softmax(values.astype(jnp.float32))  # narrow numbers add up to one again
+    return temperature**2 * _divergence(log_p, log_q, kind, skew, beta)
+
+
+def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """(values [..., k + 1], ids [..., k]): log p of the k likeliest classes, likeliest first, and last that of all the others together; float32."""
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"of {logits.shape[-1]} classes the {k} likeliest cannot be kept; give from 1 to {logits.shape[-1]}")
+    soft = logits.astype(jnp.float32) / temperature
+    ids = jax.lax.top_k(soft, k)[1]
+    return jnp.maximum(jax.nn.log_softmax(_joined(soft, ids)), -1e4), ids  # -1e4: what float16 can keep
+
+
+def _joined(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """The logits of `ids`, and last the logit of all other classes as one: [..., V], [..., k] -> [..., k + 1]."""
+    without = lambda row, at: row.at[at].set(NEVER)
+    for _ in range(logits.ndim - 1):  # row by row: whoever shards rows keeps them where they are
+        without = jax.vmap(without)
+    rest = jax.nn.logsumexp(without(logits, ids), axis=-1, keepdims=True)
+    return jnp.concatenate([jnp.take_along_axis(logits, ids, axis=-1), rest], axis=-1)
+
+
+def relation_divergence(
+    student: jax.Array, teacher: jax.Array, *, heads: int, real: jax.Array | None = None, kind: str = "forward"
+) -> jax.Array:
+    """How differently two sequences of vectors relate to themselves: [B, T, D], [B, T, D'] -> [B, T], the mean over relation heads.
+
+    Each is cut into `heads` parts of its width, whose relations softmax(x x^T / sqrt(D / heads)) are compared, row by row: Wang et al. 2020
+    (MiniLMv2, arXiv 2012.15828), equations 4 and 5, of whatever vectors these are. D and D' may differ. Who is not `real` [B, T] is no candidate.
+    """
+    scores = []
+    for x in (student, teacher):
+        if x.shape[-1] % heads:
+            raise ValueError(f"a width of {x.shape[-1]} does not divide into {heads} relation heads")
+        x = x.reshape(*x.shape[:2], heads, -1)
+        near = jnp.einsum("btrw,bsrw->brts", x, x, preferred_element_type=jnp.float32) / jnp.sqrt(x.shape[-1])
+        scores.append(near if real is None else jnp.where(real[:, None, None, :], near, NEVER))
+    return kl_divergence(*scores, kind=kind).mean(1)
+
+
+def affinity_divergence(student: jax.Array, teacher: jax.Array, *, real: jax.Array | None = None, **options) -> jax.Array:
+    """How differently two models find rows near columns: `kl_divergence` of the rows and of the columns of [B, B] logits, averaged: [B].
+
+    Of pairs of images and texts Wu et al. 2023 (TinyCLIP, arXiv 2309.12314), equation 2. `real` [B, B] says which entries there are; `options` are
+    those of `kl_divergence`.
+    """
+    mask = lambda x: x if real is None else jnp.where(real, x, NEVER)
+    s, t = mask(student.astype(jnp.float32)), mask(teacher.astype(jnp.float32))
+    return (kl_divergence(s, t, **options) + kl_divergence(s.T, t.T, **options)) / 2
+
+
+def _divergence(log_p: jax.Array, log_q: jax.Array, kind: str, skew: float, beta: float) -> jax.Array:
     if kind not in DIVERGENCES:
         raise ValueError(f"kl_divergence has no kind {kind!r}; take one of {', '.join(DIVERGENCES)}")
-    log_q, log_p = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (student_logits, teacher_logits))
     if kind == "forward":
-        value = _kl(log_p, log_q)
-    elif kind == "reverse":
-        value = _kl(log_q, log_p)
-    elif kind == "js":
-        log_m = _mix(log_p, log_q, 0.5)
-        value = (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
-    else:
-        value = _kl(log_p, _mix(log_p, log_q, skew))
-    return temperature**2 * value
+        return _kl(log_p, log_q)
+    if kind == "reverse":
+        return _kl(log_q, log_p)
+    if kind == "skewed":
+        return _kl(log_p, _mix(log_p, log_q, skew))
+    if kind == "skewed_reverse":
+        return _kl(log_q, _mix(log_q, log_p, skew))
+    log_m = _mix(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -124,7 +196,7 @@ def contrastive(a: jax.Array, b: jax.Array, scale: jax.Array | float, *, real: j
     logits = scale * jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
     labels = jnp.arange(a.shape[0])
     if real is not None:
-        logits, labels = jnp.where(real & real[:, None], logits, -1e30), jnp.where(real, labels, IGNORE)
+        logits, labels = jnp.where(real & real[:, None], logits, NEVER), jnp.where(real, labels, IGNORE)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 

@@ -130,6 +130,13 @@ class F1(Counts):
         return _ratio(xp, _ratio(xp, 2 * hit, said + true, 0.0).sum(), (said + true > 0).sum())
 
 
+def split_loss(result: Any) -> tuple[Mean, dict[str, Any], dict[str, jax.Array]]:
+    """`loss`, `(loss, metrics)` or `(loss, metrics, updates)` as the last of these, each scalar of the first two made a Mean of count 1."""
+    loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
+    mean: Any = lambda x: x if isinstance(x, Sums) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
+    return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
+
+
 def span_f1(said_BT: jax.Array, true_BT: jax.Array, classes: Sequence[str]) -> F1:
     """F1 of the spans that classes "B-name", "I-name" and "O" mark in rows: a hit has the same bounds and name. Label -100 is passed over.
 

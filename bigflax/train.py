@@ -32,7 +32,7 @@ import optax
 from bigflax import optim, pipeline, trees, xla
 from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
-from bigflax.metrics import Mean, Meter, Sums, as_floats, combine
+from bigflax.metrics import Mean, Meter, as_floats, combine, split_loss
 from bigflax.sharding import NOWHERE, TABLE, Table, make_mesh, replicated, shardings, tracing_on
 from bigflax.topology import StandIn
 from bigflax.weights import trains
@@ -231,13 +231,6 @@ def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
         )
     # Rows i, i + parts, ...: every device keeps its own rows, where contiguous pieces would move them all.
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-
-def split_loss(result: Any) -> tuple[Mean, dict[str, Any], dict[str, jax.Array]]:
-    """`loss`, `(loss, metrics)` or `(loss, metrics, updates)` as the last of these, each scalar of the first two made a Mean of count 1."""
-    loss, metrics, updates = (*result, {})[:3] if isinstance(result, tuple) else (result, {}, {})
-    mean: Any = lambda x: x if isinstance(x, Sums) else Mean(jnp.asarray(x), jnp.ones((), jnp.int32))
-    return mean(loss), {name: mean(value) for name, value in metrics.items()}, updates
 
 
 def model_flops(loss_fn: Callable[..., Any], weights: Any, batch: Any) -> int:

@@ -1,5 +1,6 @@
 """Each loss against its definition in NumPy float64, and the laws that all of them keep."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -39,15 +40,55 @@ def smoothed():
     return -(target * log_softmax(LOGITS)).sum(-1)
 
 
-def divergences():
-    q, p = log_softmax(LOGITS / 2), log_softmax(OTHER / 2)
-    mix = lambda share: np.log(share * np.exp(p) + (1 - share) * np.exp(q))
-    return {
-        "forward": 4 * kl(p, q),
-        "reverse": 4 * kl(q, p),
-        "js": 4 * (kl(p, mix(0.5)) + kl(q, mix(0.5))) / 2,
-        "skewed": 4 * kl(p, mix(0.1)),
-    }
+def mix(log_p, log_q, share):
+    return np.log(share * np.exp(log_p) + (1 - share) * np.exp(log_q))
+
+
+DEFINED = {  # kind, options -> of log p (teacher) and log q (student)
+    "forward": ({}, kl),
+    "reverse": ({}, lambda p, q: kl(q, p)),
+    "js": ({}, lambda p, q: (kl(p, mix(p, q, 0.5)) + kl(q, mix(p, q, 0.5))) / 2),
+    "js, beta": (dict(beta=0.2), lambda p, q: 0.2 * kl(p, mix(p, q, 0.2)) + 0.8 * kl(q, mix(p, q, 0.2))),
+    "skewed": ({}, lambda p, q: kl(p, mix(p, q, 0.1))),
+    "skewed, more": (dict(skew=0.4), lambda p, q: kl(p, mix(p, q, 0.4))),
+    "skewed_reverse": ({}, lambda p, q: kl(q, mix(q, p, 0.1))),
+}
+TOP = np.argsort(-OTHER, -1)[..., :3]
+
+
+def joined(log_p, ids=TOP):
+    """Log probabilities of `ids`, and of all others together."""
+    rest = np.exp(log_p).copy()
+    np.put_along_axis(rest, ids, 0, -1)
+    return np.concatenate([np.take_along_axis(log_p, ids, -1), np.log(rest.sum(-1, keepdims=True))], -1)
+
+
+VALUES = joined(log_softmax(OTHER / 2))
+DIVERGENCES = {  # function, what the teacher gives, options, the definition as a function of the student's logits in float64
+    **{
+        f"kl_divergence, {name}": (
+            losses.kl_divergence,
+            (OTHER,),
+            dict(temperature=2.0, kind=name.split(",")[0], **options),
+            lambda x, of=of: 4 * of(log_softmax(OTHER / 2), log_softmax(x / 2)),
+        )
+        for name, (options, of) in DEFINED.items()
+    },
+    **{
+        f"top_k_divergence, {name}": (
+            losses.top_k_divergence,
+            (VALUES, TOP),
+            dict(temperature=2.0, kind=name.split(",")[0], **options),
+            lambda x, of=of: 4 * of(VALUES, joined(log_softmax(x / 2))),
+        )
+        for name, (options, of) in DEFINED.items()
+    },
+}
+
+
+def relations(x, heads=2):
+    x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    return log_softmax(x @ x.swapaxes(-1, -2) / np.sqrt(x.shape[-1]))
 
 
 SOFT = RNG.dirichlet(np.ones(11), (3, 4))
@@ -112,10 +153,19 @@ CASES = {  # function, arguments, options, the definition
         dict(delta=0.5),
         np.where(abs(LOGITS - OTHER) < 0.5, (LOGITS - OTHER) ** 2 / 2, 0.5 * (abs(LOGITS - OTHER) - 0.25)),
     ),
-    **{
-        f"kl_divergence, {kind}": (losses.kl_divergence, (LOGITS, OTHER), dict(temperature=2.0, kind=kind), value)
-        for kind, value in divergences().items()
-    },
+    **{name: (function, (LOGITS, *teacher), options, of(LOGITS)) for name, (function, teacher, options, of) in DIVERGENCES.items()},
+    "relation_divergence": (
+        losses.relation_divergence,
+        (LOGITS[..., :6], OTHER[..., :10]),
+        dict(heads=2),
+        kl(relations(OTHER[..., :10]), relations(LOGITS[..., :6])).mean(1),
+    ),
+    "affinity_divergence": (
+        losses.affinity_divergence,
+        (SIMILAR, SIMILAR.T),
+        {},
+        (kl(log_softmax(SIMILAR.T), log_softmax(SIMILAR)) + kl(log_softmax(SIMILAR), log_softmax(SIMILAR.T))) / 2,
+    ),
     "contrastive": (losses.contrastive, (A, B, 7.0), {}, -(np.diag(log_softmax(SIMILAR)) + np.diag(log_softmax(SIMILAR.T))) / 2),
     "sigmoid_contrastive": (losses.sigmoid_contrastive, (A, B, 7.0, -2.0), {}, -log_sigmoid(SIGNS * (SIMILAR - 2)).sum(-1)),
     "contrastive, two of padding": (losses.contrastive, (A, B, 7.0), dict(real=REAL), np.pad(FOUR, (0, 2))),
@@ -173,14 +223,70 @@ def test_ignored_tokens_move_nothing():
     assert not losses.token_log_probs(logits, labels)[labels == -100].any()
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergences_are_zero_at_equality_and_positive_elsewhere(name):
+    function, teacher, options, _ = DIVERGENCES[name]
+    student, other, *teacher = arrays((LOGITS, OTHER, *teacher))
+    apart = lambda x: function(x, *teacher, **options)
+    np.testing.assert_allclose(apart(other), 0, atol=1e-5)  # 4 times a sum of 11 float32 roundings
+    np.testing.assert_allclose(apart(other + 5), 0, atol=1e-5)  # logits are known up to a constant
+    np.testing.assert_allclose(jax.grad(lambda x: apart(x).sum())(other), 0, atol=1e-5)  # the minimum
+    assert (apart(student) > 0).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_of_divergences_are_those_of_the_definition(name):
+    function, teacher, options, of = DIVERGENCES[name]
+    student, *teacher = arrays((LOGITS, *teacher))
+    grad = jax.grad(lambda x: function(x, *teacher, **options).sum())(student)
+    for v in range(11):
+        step = 1e-5 * np.eye(11)[v]
+        slope = (of(LOGITS + step) - of(LOGITS - step)) / 2e-5
+        np.testing.assert_allclose(grad[..., v], slope, atol=2e-5)  # float32 sums of 11 numbers below 20; the quotient is right to 1e-9
+
+
+def test_limits_of_divergences():
+    """Those with a parameter end in the plain ones: Agarwal et al., below equation 1, and Ko et al."""
+    student, teacher = arrays((LOGITS / 4, OTHER / 4))  # p / q stays below 20
+    apart = lambda kind, **options: losses.kl_divergence(student, teacher, kind=kind, **options)
+    np.testing.assert_allclose(apart("js", beta=1e-3) / 1e-3, apart("forward"), rtol=0.02)  # beta times p / q
+    np.testing.assert_allclose(apart("js", beta=1 - 1e-3) / 1e-3, apart("reverse"), rtol=0.02)
+    for skewed, plain in (("skewed", "forward"), ("skewed_reverse", "reverse")):
+        np.testing.assert_allclose(apart(skewed, skew=0.0), apart(plain), rtol=1e-5)
+        np.testing.assert_allclose(apart(skewed, skew=1.0), 0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
-def test_divergences_are_zero_at_equality_and_positive_elsewhere(kind):
+def test_joining_classes_only_loses(kind):
+    """Of a teacher's k likeliest: less than of all, more of more, and of all classes all."""
     student, teacher = arrays((LOGITS, OTHER))
-    same = lambda x: losses.kl_divergence(x, student, temperature=3.0, kind=kind)
-    np.testing.assert_allclose(same(student), 0, atol=1e-5)  # 9 times a sum of 11 float32 roundings
-    np.testing.assert_allclose(same(student + 5), 0, atol=1e-5)  # logits are known up to a constant
-    np.testing.assert_allclose(jax.grad(lambda x: same(x).sum())(student), 0, atol=1e-5)  # the minimum
-    assert (losses.kl_divergence(student, teacher, kind=kind) > 0).all()
+    options = dict(temperature=2.0, kind=kind)
+    some = [losses.top_k_divergence(student, *losses.top_k(teacher, k, temperature=2.0), **options) for k in (1, 4, 10, 11)]
+    assert all((few <= more + 1e-5).all() for few, more in itertools.pairwise(some))
+    np.testing.assert_allclose(some[-1], losses.kl_divergence(student, teacher, **options), rtol=1e-5, atol=1e-6)
+    values, ids = losses.top_k(teacher, 11)  # nothing is left in the tail
+    assert np.isfinite(jax.grad(lambda x: losses.top_k_divergence(x, values, ids, kind=kind).sum())(student)).all()
+
+
+def test_the_top_of_a_teacher():
+    values, ids = losses.top_k(arrays((OTHER,))[0], 3, temperature=2.0)
+    np.testing.assert_array_equal(ids, TOP)
+    np.testing.assert_allclose(values, VALUES, rtol=1e-5)
+    with pytest.raises(ValueError, match="of 11 classes the 12 likeliest cannot be kept; give from 1 to 11"):
+        losses.top_k(jnp.asarray(OTHER), 12)
+
+
+def test_relations_see_what_is_real_alone():
+    student, teacher = arrays((LOGITS[..., :6], OTHER[..., :10]))
+    real = jnp.arange(4) < 3
+    value = losses.relation_divergence(student, teacher, heads=2, real=jnp.broadcast_to(real, (3, 4)))
+    np.testing.assert_allclose(value[:, :3], losses.relation_divergence(student[:, :3], teacher[:, :3], heads=2), rtol=1e-5)
+    with pytest.raises(ValueError, match="a width of 6 does not divide into 4 relation heads"):
+        losses.relation_divergence(student, teacher, heads=4)
+    off = ~jnp.eye(6, dtype=bool) & (REAL & REAL[:, None])
+    near, far = arrays((SIMILAR, SIMILAR.T))
+    alone = losses.affinity_divergence(near[:4, :4], far[:4, :4], real=off[:4, :4])
+    np.testing.assert_allclose(losses.affinity_divergence(near, far, real=off), np.pad(alone, (0, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_divergence_of_a_teacher_that_rules_words_out():

@@ -2,7 +2,7 @@
 
 from bigflax.ops import compressed  # noqa: F401  (its products register themselves)
 from bigflax.ops.attention import attention
-from bigflax.ops.cross_entropy import linear_cross_entropy
+from bigflax.ops.cross_entropy import linear_cross_entropy, vocab_logits
 from bigflax.ops.matmul import casting, einsum, take
 from bigflax.ops.mel import log_mel
 from bigflax.ops.moe import dropped_share, load_balance, mixture, route, router_sums
@@ -11,5 +11,5 @@ from bigflax.ops.rope import rope, rope_frequencies
 
 __all__ = [
     "attention", "casting", "dropped_share", "einsum", "layer_norm", "linear_cross_entropy", "load_balance", "log_mel", "mixture", "rms_norm", "rope",
-    "rope_frequencies", "route", "router_sums", "take",
+    "rope_frequencies", "route", "router_sums", "take", "vocab_logits",
 ]  # fmt: skip

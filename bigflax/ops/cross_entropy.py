@@ -63,9 +63,7 @@ def linear_cross_entropy(
     by backend and size, and as many as there are, or more, means one piece.
     """
     B, T, _ = x_BTD.shape
-    V = shape(w_VD)[0]
-    while isinstance(w_VD, Prompted | Perturbed):  # a tied table: prompts are no outputs, and these are not perturbed
-        w_VD = w_VD.base
+    V, w_VD = shape(w_VD)[0], _table(w_VD)
     if labels_BT.shape != (B, T):
         raise ValueError(f"labels are {labels_BT.shape} for x {x_BTD.shape}; give one label a position, {(B, T)}")
     if chunk is not None and chunk < 1:
@@ -135,8 +133,16 @@ def _cut(V: int, parts: int, chunk: int) -> Cut:
     return Cut(V, parts, -(-rows // count), count)
 
 
-def _logits(x: jax.Array, w_VD: Any, bias: jax.Array | None, softcap: float | None) -> jax.Array:
-    """[..., D] -> [..., V] float32."""
+def _table(w_VD: Any) -> Any:
+    """Of a tied table what are outputs: prompts are none, and these are not perturbed."""
+    while isinstance(w_VD, Prompted | Perturbed):
+        w_VD = w_VD.base
+    return w_VD
+
+
+def vocab_logits(x: jax.Array, w_VD: Any, bias: jax.Array | None = None, softcap: float | None = None) -> jax.Array:
+    """[T, D] or [B, T, D] -> [..., V] float32."""
+    w_VD = _table(w_VD)
     if not is_typed(w_VD):
         logits = jnp.matmul(x, w_VD.astype(x.dtype).T, preferred_element_type=jnp.float32)
     else:
@@ -147,7 +153,7 @@ def _logits(x: jax.Array, w_VD: Any, bias: jax.Array | None, softcap: float | No
 
 def _direct(x, w_VD, bias, labels, *, softcap, z_loss) -> tuple[jax.Array, jax.Array]:
     """The definition, in one piece: what the tests hold the chunks to."""
-    logits = _logits(x, w_VD, bias, softcap)
+    logits = vocab_logits(x, w_VD, bias, softcap)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     target = jnp.where(ids == labels[..., None], logits, 0).sum(-1)
     return _loss(jax.nn.logsumexp(logits, axis=-1), target, labels, z_loss), logits.argmax(-1) == labels
@@ -184,7 +190,7 @@ def _sweep(options, x_BTD, w_VD, bias, labels_BT):
         i, w_b = chunk
         w, b = whole(w_b)
         ids = cut.ids(i)
-        logits = _logits(wide_BTD.astype(x_BTD.dtype), _gathered(w, x_BTD.dtype, i), b, softcap)
+        logits = vocab_logits(wide_BTD.astype(x_BTD.dtype), _gathered(w, x_BTD.dtype, i), b, softcap)
         logits = constrain(jnp.where(ids < cut.rows, logits, NEVER), "batch", "seq", "vocab")
         highest = jax.lax.stop_gradient(logits.max(-1))
         first = jnp.where(logits == highest[..., None], ids, cut.rows).min(-1)
@@ -229,7 +235,7 @@ def _backward(options, saved, cotangents):
         i, parts = chunk
         w, b = whole(parts)
         w, ids = _gathered(w, x_BTD.dtype, i), cut.ids(i)
-        logits = _logits(x_BTD, w, b, softcap)
+        logits = vocab_logits(x_BTD, w, b, softcap)
         p = jnp.where(ids < cut.rows, jnp.exp(logits - lse_BT[..., None]), 0)
         dlogits = p * (g_BT1 * (1 + 2 * z_loss * lse_BT[..., None])) - jnp.where(ids == labels_BT[..., None], g_BT1, 0)
         if softcap is not None:
