@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
-    "trees weights losses chips flops hlo topology checksum stored yardsticks",
+    "trees weights losses chips flops hlo topology checksum stored tensors yardsticks",
     "ops sharding pipeline hosts xla optim metrics scores writers curves",
     "nn data checkpoint peft compress",
-    "models hub parity train tasks generate explain export planner adversarial preference adapters",
+    "models hub packed parity train tasks generate explain export planner adversarial preference adapters",
     "main recipes runs summaries plans",
 ]
 HOMES = {  # dependency -> where it may be imported
