@@ -160,10 +160,9 @@ def _plain(name: str, value: Any) -> Any:
         return {"tuple": [_plain(name, one) for one in value]}
     if value is None or type(value) in (bool, int, float, str):
         return value
-    try:
+    if isinstance(value, np.dtype | type):  # JAX's own, jnp.int4, are types
         return {"dtype": jnp.dtype(value).name}
-    except TypeError:
-        raise ValueError(f"{name} is a {type(value).__name__}, and a static field that is saved is a number, a string or a dtype") from None
+    raise ValueError(f"{name} is a {type(value).__name__}, and a static field that is saved is a number, a string or a dtype")
 
 
 # -- in --------------------------------------------------------------------------------------------------------------------
