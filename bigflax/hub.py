@@ -1,7 +1,9 @@
-"""Hugging Face folders in and out: config.json, sharded safetensors, tokenizer files. PyTorch is not needed.
+"""Folders of models in and out, Hugging Face's and our own: config.json, sharded safetensors, tokenizer files. PyTorch is not needed.
 
     model, params = load("meta-llama/Llama-3.1-8B", mesh=mesh)       a folder, or a hub id (then through huggingface_hub and its cache)
     save(model, params, "out")                                       transformers loads it unchanged
+
+Typed weights (int4, LoRA ...) are saved as they are, as a folder of our own (packed.py), which `load` reads too; transformers cannot.
 
 Every leaf is made on the mesh shard by shard from the slices of the file that it consists of (models/names.py), one leaf after the other:
 no device and no host ever holds a second copy of more than one leaf. A config that says something we do not compute is refused, not guessed
@@ -11,30 +13,28 @@ Left out on purpose: pickled weights (`pytorch_model.bin` can run code; convert 
 """
 
 import dataclasses
-import json
 import math
-import mmap
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigflax import models, trees
+from bigflax import models, packed, trees
 from bigflax.models import names, published
 from bigflax.nn import Model
 from bigflax.sharding import TABLE, Table, make_mesh, shardings, whole
+from bigflax.tensors import SHARD_BYTES, Item, Tensor, open_tensors, read_json, write_json, write_tensors
 from bigflax.weights import dense, is_typed
 
 TOKENIZER_FILES = (
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|chat_template)\.(json|txt|jinja|model)|merges\.txt|.*\.model|spiece\..*"
 )
 CARRIED = r"(generation|preprocessor|processor)_config\.json"  # what else of a loaded folder stays true
-SHARD_BYTES = 5 * 2**30
 
 
 # -- in --------------------------------------------------------------------------------------------------------------------
@@ -47,18 +47,28 @@ def load(
 
     `head` names another head than the folder's (models/heads.py; None: no head); one whose weights are not in the folder is made new, and
     so are the scores of a head that is asked for with another `num_labels`. `dtype` is that of weights and computation, by default the stored
-    one; integers stay integers. With a `mesh` the weights lie on it by `table`. `changes` are further arguments of the family: `remat="full"`.
+    one; integers stay integers, and typed weights what they are. With a `mesh` the weights lie on it by `table`. `changes` are further arguments
+    of the family: `remat="full"`.
     Raises ValueError, which says what is wrong with which file, FileNotFoundError.
     """
     folder = fetch(source)
     family, config = describe(folder, head)
-    files = open_tensors(folder)
-    largest = max(files.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
-    dtype = jnp.dtype(dtype or jax.dtypes.canonicalize_dtype("float32" if largest is None else largest.dtype))
+    own, files = packed.open_record(folder), {}
+    if own is None:
+        files = open_tensors(folder)
+        largest = max(files.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
+        stored = jax.dtypes.canonicalize_dtype("float32" if largest is None else largest.published)
+    else:
+        stored = own["dtype"]
+    dtype = jnp.dtype(dtype or stored)
     model = models.create(family, **{**config, "dtype": str(dtype), **changes})
     model = dataclasses.replace(model, source=folder)
-    where = shardings(model.shapes(), model.axes, mesh or make_mesh(devices=jax.devices()[:1]), table)
-    return model, _read(model, files, dtype, where, folder, fresh=head != "", relabelled="num_labels" in changes)
+    mesh, fresh, relabelled = mesh or make_mesh(devices=jax.devices()[:1]), head != "", "num_labels" in changes
+    if own is not None:
+        new = lambda name, sharding: _new(model, name, dtype, sharding)
+        return model, packed.read(folder, own, model, dtype=dtype, mesh=mesh, table=table, head=fresh or relabelled, new=new)
+    where = shardings(model.shapes(), model.axes, mesh, table)
+    return model, _read(model, files, dtype, where, folder, fresh=fresh, relabelled=relabelled)
 
 
 def describe(source: str, head: str | None = "") -> tuple[str, dict[str, Any]]:
@@ -69,8 +79,15 @@ def describe(source: str, head: str | None = "") -> tuple[str, dict[str, Any]]:
     home = models.family(family)
     config["head"] = published.head_of(said, home) if head == "" else head
     if hasattr(home, "settle"):  # what the files say and the config does not
-        config |= home.settle(config, open_tensors(folder))
+        own = packed.open_record(folder)
+        config |= home.settle(config, open_tensors(folder) if own is None else _names(home, own["weights"]))
     return family, config
+
+
+def _names(home: Any, there: Container[str]) -> set[str]:
+    """Of the published names of a family's heads those whose leaves are all there."""
+    table = {name: line for _, lines in home.HEADS.values() for name, line in lines.items()}
+    return {name for name, (leaves, _) in table.items() if all(leaf in there for leaf in leaves.split())}
 
 
 def fetch(source: str) -> str:
@@ -94,92 +111,6 @@ def read_config(folder: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder!r} has no config.json; a folder as transformers writes it is needed")
     return read_json(path)
-
-
-def read_json(path: str, *keys: str) -> dict[str, Any]:
-    """A JSON object with these keys. Raises ValueError where it is anything else."""
-    with open(path) as file:
-        try:
-            found = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path!r} is not JSON: {error}") from None
-    if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise ValueError(f"{path!r} is not an object{' with ' + ', '.join(map(repr, keys)) if keys else ''}")
-    return found
-
-
-KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor of a mapped file: what slicing it touches is all that is read."""
-
-    name: str
-    file: str
-    kind: str  # as safetensors calls its type
-    shape: tuple[int, ...]
-    mapped: mmap.mmap  # the file
-    begin: int  # within the file
-
-    @property
-    def dtype(self) -> Any:
-        if self.kind not in KINDS:
-            raise ValueError(f"{self.name} in {self.file!r} is stored as {self.kind}, which is not supported; {', '.join(KINDS)} are")
-        return jnp.dtype(KINDS[self.kind])
-
-    @property
-    def end(self) -> int:
-        return self.begin + math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return np.frombuffer(self.mapped, self.dtype, math.prod(self.shape), self.begin).reshape(self.shape)[index]
-
-    def forget(self) -> None:
-        """Gives the pages that were read back to the system, which keeps them in its cache as long as it likes."""
-        first = self.begin - self.begin % mmap.PAGESIZE
-        self.mapped.madvise(mmap.MADV_DONTNEED, first, self.end - first)
-
-
-def open_tensors(folder: str) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors, by name, none of them read yet."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
-        listed = read_json(index, "weight_map")["weight_map"]
-        files = sorted(set(listed.values()))
-    else:
-        listed, files = None, ["model.safetensors"]
-    found = {}
-    for name in files:
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            pickled = any(entry.endswith((".bin", ".pt", ".msgpack", ".h5")) for entry in os.listdir(folder))
-            hint = "; its weights are in another format, which transformers can load and save again as safetensors" if pickled else ""
-            raise FileNotFoundError(f"{folder!r} has no {name}{hint}")
-        found |= map_file(path)
-    if listed is not None and (absent := sorted(listed.keys() - found.keys())):
-        raise ValueError(f"{index!r} names {absent[0]!r}, which {listed[absent[0]]} does not hold")
-    return found
-
-
-def map_file(path: str) -> dict[str, Tensor]:
-    """The tensors of one file. The library checks its header; its own slices are copies, which would take a second turn to lay out as ours."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path!r} is damaged or cut off: {error}") from None
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
-    return {
-        name: Tensor(name, path, said["dtype"], tuple(said["shape"]), mapped, 8 + size + said["data_offsets"][0])
-        for name, said in header.items()
-    }
 
 
 def lines(model: Model, *, prefixed: bool = False) -> list[names.Entry]:
@@ -223,19 +154,24 @@ def _read(model: Model, files: Mapping[str, Tensor], dtype: Any, where: Any, fol
     for name, (entry, shape) in expected.items():
         if name not in absent and files[name].shape != shape:
             raise ValueError(f"{name} in {files[name].file!r} has shape {files[name].shape}; the config makes it {shape}")
-        if name not in absent and jnp.issubdtype(files[name].dtype, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
+        if name not in absent and jnp.issubdtype(files[name].published, jnp.integer) != jnp.issubdtype(kinds[entry.leaves[0]], jnp.integer):
             raise ValueError(
                 f"{name} in {files[name].file!r} is stored as {files[name].dtype}; the model has {kinds[entry.leaves[0]]} there"
             )
 
     def leaf(name: str, sharding: Any) -> jax.Array:
         if name in new:
-            made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(kinds[name])
-            return jax.jit(made, out_shardings=sharding)(jax.random.key(0))
+            return _new(model, name, kinds[name], sharding)
         read = lambda index: owner[name].read(name, index, shapes, files.__getitem__, kinds[name], lambda tensor: files[tensor].forget())
         return jax.make_array_from_callback(shapes[name], sharding, read, dtype=kinds[name])
 
     return trees.map_named(leaf, where)
+
+
+def _new(model: Model, name: str, dtype: Any, sharding: Any) -> jax.Array:
+    """A leaf that no folder holds."""
+    made = lambda rng: dict(trees.named_leaves(model.init(rng)))[name].astype(dtype)
+    return jax.jit(made, out_shardings=sharding)(jax.random.key(0))
 
 
 def _counts(leaf: Any) -> bool:
@@ -256,35 +192,29 @@ def save(
 ) -> None:  # fmt: skip
     """Writes config.json, safetensors of at most `shard_bytes` each with their index, and tokenizer files.
 
-    `dtype` casts on the way out. Typed weights (LoRA, int8 ...) are written as the arrays they stand for with `merge`, and refused without.
+    Typed weights (LoRA, int4 ...) are written as the arrays they stand for with `merge`; without, all is written as it is, as a folder of our own
+    (packed.py), which `load` reads and transformers does not. `dtype` casts on the way out, the parts of typed weights aside.
     `tokenizer` is a folder to take the files from, or a `data.Tokenizer`; by default they come from where the model was loaded, as do the
     configs of generation and preprocessing. `labels` are the names of a head's classes.
     """
     if not model.family:
         raise ValueError("only a model of models.create or hub.load knows the names that others read; this one is of no family")
-    typed = [name for name, w in trees.named_leaves(params, is_typed) if is_typed(w)]
-    if typed and not merge:
-        raise ValueError(f"{_list(typed)} are typed weights, which transformers cannot read; merge=True writes the arrays they stand for")
-    written = _config(model, dtype, labels)
-    home = models.family(model.family)
-    leaves, axes = dict(trees.named_leaves(params, is_typed)), dict(trees.named_leaves(model.shapes()))
-    if leaves.keys() != axes.keys():
-        raise ValueError(f"these are not the weights of this model: {_list(leaves.keys() ^ axes.keys())} is in one of the two only")
-    shapes = {name: leaf.shape for name, leaf in axes.items()}
-    base = home.HEADS[model.config["head"]][0] == home.HEADS[None][0]  # a model without a head is written without a prefix too
-    os.makedirs(folder, exist_ok=True)
-    size = lambda name, entry: int(np.prod(entry.shape(shapes))) * _written(dense(leaves[entry.leaves[0]]).dtype, dtype).itemsize
-    plan, total = [[]], 0
-    for entry in lines(model, prefixed=not base):
-        for name, at in entry.names(shapes):
-            if plan[-1] and sum(size(n, e) for n, e, _ in plan[-1]) + size(name, entry) > shard_bytes:
-                plan.append([])
-            plan[-1].append((name, entry, at))
-            total += size(name, entry)
-    _write_shards(plan, leaves, folder, dtype, total)
-    if jax.process_index() != 0:
+    leaves, like = dict(trees.named_leaves(params, is_typed)), dict(trees.named_leaves(model.shapes()))
+    if leaves.keys() != like.keys():
+        raise ValueError(f"these are not the weights of this model: {_list(leaves.keys() ^ like.keys())} is in one of the two only")
+    own = not merge and any(map(is_typed, leaves.values()))
+    written = _config(model, dtype, labels, own=own)
+    first = jax.process_index() == 0
+    if own:
+        packed.write(folder, model, params, dtype=dtype, shard_bytes=shard_bytes)
+    else:
+        items = _items(model, leaves, {name: leaf.shape for name, leaf in like.items()}, dtype)
+        os.makedirs(folder, exist_ok=True)
+        packed.forget(folder)
+        write_tensors(folder, items, shard_bytes=shard_bytes, writes=first)
+    if not first:
         return
-    write_file(os.path.join(folder, "config.json"), json.dumps(written, indent=2, sort_keys=True) + "\n")
+    write_json(os.path.join(folder, "config.json"), written)
     _copy(CARRIED, model.source, folder)
     if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
         _copy(TOKENIZER_FILES, tokenizer or model.source, folder)
@@ -292,27 +222,14 @@ def save(
         tokenizer.save(folder)
 
 
-def _write_shards(plan: list[list[tuple]], leaves: Mapping[str, Any], folder: str, dtype: Any, total: int) -> None:
-    from safetensors.numpy import save_file
-
-    host = _OneLeaf(leaves, dtype)
-    files = [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))] if len(plan) > 1 else ["model.safetensors"]
-    for file, part in zip(files, plan, strict=True):
-        tensors = {name: entry.write(at, host) for name, entry, at in part}
-        if jax.process_index() == 0:
-            path = os.path.join(folder, file)
-            save_file(tensors, path + ".tmp", metadata={"format": "pt"})
-            os.replace(path + ".tmp", path)
-    if jax.process_index() == 0:
-        for old in os.listdir(folder):
-            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", old) and old not in files:
-                os.remove(os.path.join(folder, old))
-        index = os.path.join(folder, "model.safetensors.index.json")
-        if len(plan) > 1:
-            weight_map = {name: file for file, part in zip(files, plan, strict=True) for name, _, _ in part}
-            write_file(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n")
-        elif os.path.exists(index):
-            os.remove(index)
+def _items(model: Model, leaves: Mapping[str, Any], shapes: names.Shapes, dtype: Any) -> list[Item]:
+    """The tensors of a published folder, each of them made from the leaves that it holds."""
+    home, host = models.family(model.family), _OneLeaf(leaves, dtype)
+    base = home.HEADS[model.config["head"]][0] == home.HEADS[None][0]  # a model without a head is written without a prefix too
+    kinds = {name: _written(jax.eval_shape(dense, w).dtype, dtype) for name, w in leaves.items()}
+    size = lambda entry: math.prod(entry.shape(shapes)) * kinds[entry.leaves[0]].itemsize
+    make = lambda entry, at: lambda: entry.write(at, host)
+    return [(name, size(entry), make(entry, at)) for entry in lines(model, prefixed=not base) for name, at in entry.names(shapes)]
 
 
 class _OneLeaf:
@@ -335,12 +252,12 @@ def _written(stored: Any, dtype: Any) -> np.dtype:
     return np.dtype("int64") if jnp.issubdtype(stored, jnp.integer) else jnp.dtype(dtype or stored)
 
 
-def _config(model: Model, dtype: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The config.json: that which was loaded, or the family's fields, with the architecture of the head."""
+def _config(model: Model, dtype: Any, names: Sequence[str] = (), *, own: bool = False) -> dict[str, Any]:
+    """The config.json: that which was loaded, or the family's fields, with the architecture of the head; of a folder of our `own` all of them."""
     home = models.family(model.family)
     fields = {key: value for key, value in model.config.items() if key not in published.OURS}
     for ours in getattr(home, "OURS", ()):
-        if fields.pop(ours, None):
+        if not own and fields.pop(ours, None):
             raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")
     said = read_config(model.source) if model.source else {}
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
@@ -366,9 +283,3 @@ def _copy(pattern: str, source: Any, folder: str) -> None:
     for name in sorted(os.listdir(source)):
         if re.fullmatch(pattern, name):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-
-
-def write_file(path: str, text: str) -> None:
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)

@@ -57,6 +57,16 @@ def qlora():
     return State(jnp.int32(7), kept, optax.adam(1.0).init(kept), rest)
 
 
+def compressed():
+    w, axes = normal(2, 16, 8), "layers | embed -> mlp"
+    q = weights.quantize(w, axes=axes)
+    return {
+        "low rank": weights.LowRank(normal(2, 16, 3), normal(2, 3, 8)), "masked": weights.Masked(w, w > 0),
+        "sparse": weights.sparse(w, w > 0, axes=axes), "scaled": weights.Scaled(q, weights.ia3(w, axes=axes, inputs=True).scale),
+        "rotated": weights.rotated(w, jax.random.key(0), axes=axes), "w8a8": weights.W8A8(q), "w8a8 of one scale": weights.W8A8(q, jnp.ones(2)),
+    }  # fmt: skip
+
+
 def random_keys():
     return {"one": jax.random.key(3), "many": jax.random.split(jax.random.key(4, impl="rbg"), 8), "old": jax.random.PRNGKey(5)}
 
@@ -82,7 +92,7 @@ def width(name):
     return round(8 * trees.itemsize(jnp.dtype(name)))
 
 
-STATES = {f.__name__: f for f in (adam, qlora, random_keys, odd_shapes, low_precision)}
+STATES = {f.__name__: f for f in (adam, qlora, compressed, random_keys, odd_shapes, low_precision)}
 
 
 def bits(x):

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
-    "trees weights losses chips flops hlo topology checksum stored yardsticks",
+    "trees weights losses chips flops hlo topology checksum stored tensors yardsticks",
     "ops sharding pipeline hosts xla optim metrics scores writers curves",
     "nn data checkpoint peft compress",
-    "models hub parity train tasks generate explain export planner adversarial preference adapters",
+    "models hub packed gguf parity train tasks generate explain export planner adversarial preference adapters",
     "main recipes runs exports chains summaries plans",
 ]
 HOMES = {  # dependency -> where it may be imported
@@ -25,6 +25,7 @@ HOMES = {  # dependency -> where it may be imported
     "ml_collections": ("bigflax/main.py", "bigflax/recipes.py", "bigflax/runs.py", "configs/"),
     "transformers": ("bigflax/parity.py",),
     "jinja2": ("bigflax/data/",),
+    "gguf": ("bigflax/gguf.py",),
     "sacrebleu": ("bigflax/scores.py",),
     "rouge_score": ("bigflax/scores.py",),
     "tensorflow": (),

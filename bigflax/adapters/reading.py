@@ -17,6 +17,7 @@ from bigflax.adapters.modules import CHANGING, CONFIG, PREFIX, SOFT, TENSORS, UN
 from bigflax.models import names
 from bigflax.nn import Model
 from bigflax.sharding import TABLE, Table, shardings
+from bigflax.tensors import Tensor, map_file, read_json
 from bigflax.weights import IA3, DoRA, LoRA, Prompted, dense, is_typed
 
 
@@ -59,27 +60,27 @@ class _Stored:
     """A tensor of the adapter's file and the name it has there."""
 
     key: str
-    tensor: hub.Tensor
+    tensor: Tensor
 
     @property
     def module(self) -> str:
         return re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", self.key.removeprefix(PREFIX))
 
     def read(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The array, in float32. Raises ValueError where it has another shape than this base wants."""
+        """The array, in float32. Raises ValueError where it has another shape than this base wants, or is of a type that is not read."""
         if self.tensor.shape != shape:
             raise ValueError(f"{self.key} in {self.tensor.file!r} has shape {self.tensor.shape}; this base makes it {shape}")
-        return np.asarray(self.tensor[(slice(None),) * len(shape)], np.float32)
+        return np.asarray(self.tensor[(slice(None),) * len(shape)].view(self.tensor.published), np.float32)
 
 
-def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
+def _open(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of a folder."""
     for name in (CONFIG, TENSORS):
         if not os.path.exists(os.path.join(folder, name)):
             pickled = name == TENSORS and "adapter_model.bin" in os.listdir(folder)
             hint = "; its weights are pickled, which PEFT can load and save again" if pickled else ""
             raise FileNotFoundError(f"{folder!r} has no {name}; a folder as PEFT writes it is needed{hint}")
-    said = hub.read_json(os.path.join(folder, CONFIG), "peft_type")
+    said = read_json(os.path.join(folder, CONFIG), "peft_type")
     where = os.path.join(folder, CONFIG)
     if said["peft_type"] not in ("LORA", "IA3", *SOFT):
         raise ValueError(f"{where!r} is of type {said['peft_type']!r}; {', '.join(('LORA', 'IA3', *SOFT))} are read")
@@ -90,7 +91,7 @@ def _open(folder: str) -> tuple[dict[str, Any], dict[str, hub.Tensor]]:
         raise ValueError(
             f"{where!r} stands on a base that {how!r} has changed; PEFT's save_pretrained(path_initial_model_for_weight_conversion=) undoes it"
         )
-    return said, hub.map_file(os.path.join(folder, TENSORS))
+    return said, map_file(os.path.join(folder, TENSORS))
 
 
 def _bare(key: str, home: Any) -> str:

@@ -1,7 +1,6 @@
 """What stands upon the weights of a base as a folder of PEFT's."""
 
 import collections
-import json
 import math
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigflax import hub, models, sharding, trees
+from bigflax import models, sharding, trees
 from bigflax.adapters.modules import (
     CONFIG,
     FORGETFUL,
@@ -28,6 +27,7 @@ from bigflax.adapters.modules import (
 )
 from bigflax.models import names
 from bigflax.nn import Model
+from bigflax.tensors import write_json
 from bigflax.weights import IA3, Adapted, DoRA, LoRA, dense, is_typed
 
 
@@ -94,7 +94,7 @@ def _write(folder: str, tensors: dict[str, np.ndarray], said: dict[str, Any]) ->
     path = os.path.join(folder, TENSORS)
     save_file(tensors, path + ".tmp", metadata={"format": "pt"})
     os.replace(path + ".tmp", path)
-    hub.write_file(os.path.join(folder, CONFIG), json.dumps(said, indent=2, sort_keys=True) + "\n")
+    write_json(os.path.join(folder, CONFIG), said)
 
 
 def _write_soft(model: Model, leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
