@@ -128,6 +128,14 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
         codes |= what == "quantize"
 
 
+def read_loss(text: str) -> float:
+    """Reads "1%" or "0.01". Raises ValueError for what is no share."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no share such as 1%, by which a metric may become worse") from None
+
+
 def name_of(at: int, said: Mapping[str, Any]) -> str:
     """The folder of a step: "2-quantize-int4-128-gptq"."""
     words = [said["do"], *(str(said[key]) for key in ("to", "method") if said.get(key) is not None)]

@@ -1,7 +1,7 @@
 """What a run leaves: its trained model, read from the work folder, and written for others to read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from bigflax import adapters, hub, peft, recipes
@@ -22,8 +22,8 @@ class Trained(NamedTuple):
         return tuple(self.run.classes) if isinstance(self.run.classes, tuple | list) else ()
 
 
-def trained(work: str) -> Trained:
-    """What the work folder of a run holds; its data need not be here any more."""
+def trained(work: str, overrides: Iterable[str] = ()) -> Trained:
+    """What the work folder of a run holds, its recipe with these changes; its data need not be here any more."""
     with Checkpoints(os.path.join(work, "checkpoints")) as checkpoints:
         meta = checkpoints.meta()
         said = recipes.unflatten(meta["config"])
@@ -31,9 +31,25 @@ def trained(work: str) -> Trained:
     best = None if watch is None else (watch.metric, watch.mode)
     with Checkpoints(os.path.join(work, "checkpoints"), best=best) as checkpoints:
         said.work = work
+        for path, value in map(recipes.parse_override, overrides):
+            recipes.set_key(said, path, value)
         run, step = Run(said), checkpoints.best() or checkpoints.latest()
         run.classes, run.steps = meta["classes"], meta["steps"]
         return Trained(run, step, checkpoints.restore(run.state_like(), step=step).state.averaged)  # type: ignore[arg-type]
+
+
+def begun(config: Any) -> Trained:
+    """What a recipe begins with: the run of its work folder where there is one, else the weights of its `model.source`."""
+    if os.path.isdir(os.path.join(config.work, "checkpoints")):
+        found = trained(config.work)
+        found.run.config = config
+        return found
+    if config.model.source is None:
+        raise ValueError(
+            f"{config.work!r} holds no run, and the recipe names no model.source: there are no weights; train it, or name some"
+        )
+    run = Run(config)
+    return Trained(run, 0, run.init_state().averaged)
 
 
 def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:

@@ -5,6 +5,7 @@
     bigflax plan --topology=v5e:4x4 [--config=RECIPE]                 memory, time and money of a step on chips that are not here
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
     bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a Hugging Face folder or hub id, written as such a folder
+    bigflax compress --work=RUN --recipe=int4-gptq [--max-loss=1%]    a trained model made small, step by step, with a report
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
 What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved; a host that fell silent ends
@@ -63,6 +64,15 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--adapter", action="store_true", help="of a run that trained few weights, those alone, as PEFT has them")
     convert.add_argument("target", help="the folder to write")
     convert.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the weights; by default as stored")
+    compress = verbs.add_parser("compress", parents=[devices], help="make a trained model small, step by step, with a report")
+    compress.add_argument("--work", metavar="DIR", help="the work folder of the run that trained it")
+    compress.add_argument(
+        "--config", metavar="RECIPE", help="or a recipe, with the weights of its model.source or of the run in its work folder"
+    )
+    compress.add_argument(
+        "--recipe", metavar="CHAIN", help="a chain of configs/compress.py by its name; by default the recipe's own compress.chain"
+    )
+    compress.add_argument("--max-loss", metavar="SHARE", help="by how much its metric may become worse: 1%%")
     parity = verbs.add_parser("parity", parents=[devices], help="compare a folder's model with transformers and PyTorch")
     parity.add_argument("source", help="a folder, or a hub id: owner/name")
     parity.add_argument(
@@ -179,6 +189,27 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def compress(args: argparse.Namespace, overrides: list[str]) -> int:
+    if (args.work is None) == (args.config is None):
+        raise ValueError("give the run to compress, --work=DIR, or a recipe, --config=RECIPE, one of the two")
+    prepare(args)
+    from bigflax import chains, exports, peft, recipes
+
+    chain = None if args.recipe is None else recipes.load_chain(args.recipe)
+    found = exports.trained(args.work, overrides) if args.work else exports.begun(recipes.resolve(recipes.load(args.config), overrides))
+    said = found.run.config.compress
+    options = {name: said[name] for name in said if name not in ("chain", "max_loss")}
+    chains.compress(
+        found.run.of(found.run.base),
+        found.weights if found.run.tuned is None else peft.merge(found.weights),
+        chain=[dict(step) for step in said.chain] if chain is None else chain,
+        max_loss=said.max_loss if args.max_loss is None else chains.read_loss(args.max_loss),
+        labels=found.labels,
+        **options,
+    )
+    return 0
+
+
 def parity(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
     from bigflax import parity as comparison
@@ -188,7 +219,15 @@ def parity(args: argparse.Namespace, overrides: list[str]) -> int:
     return int(any(not row.relative <= args.tolerance or row.first is not None for row in rows))
 
 
-VERBS: dict[str, Any] = {"train": train, "config": config, "plan": plan, "generate": generate, "convert": convert, "parity": parity}
+VERBS: dict[str, Any] = {
+    "train": train,
+    "config": config,
+    "plan": plan,
+    "generate": generate,
+    "convert": convert,
+    "compress": compress,
+    "parity": parity,
+}
 
 
 def prepare(args: argparse.Namespace) -> None:

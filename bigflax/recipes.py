@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bigflax import checkpoint, data, hub, models, optim, peft, sharding, tasks, train, trees
+from bigflax import chains, checkpoint, data, hub, models, optim, peft, sharding, tasks, train, trees
 from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
 from bigflax.generate import check
@@ -34,6 +34,7 @@ HARMLESS = (
     "fit.save_minutes",
     "step.flags",
     "checkpoint",
+    "compress",
     "sample",
     "yardsticks",
     "data.workers",
@@ -136,6 +137,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         },
         "watch": {**_keywords(train.Watch), "metric": "loss"},
         "checkpoint": _keywords(checkpoint.Checkpoints, "folder", "best"),
+        "compress": {**_keywords(chains.compress, "run", "weights", "labels", "say"), "chain": ()},
         **prompt,
     }
 
@@ -170,6 +172,17 @@ def load(name: str) -> Config:
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(), which returns the recipe")
     return module.get_config(variant) if variant else module.get_config()
+
+
+def load_chain(name: str) -> list[dict[str, Any]]:
+    """A chain of configs/compress.py by its name. Raises ValueError that lists them."""
+    spec = importlib.util.spec_from_file_location("recipe_chains", find("compress"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if name not in module.CHAINS:
+        raise ValueError(f"there is no chain {name!r}; {trees.did_you_mean(name, module.CHAINS, 'there are')}")
+    return module.CHAINS[name]
 
 
 def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:

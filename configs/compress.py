@@ -1,0 +1,36 @@
+"""A trained model made small: chains of steps, and a decoder to take through them.
+
+    bigflax train    --config=preference:base                             a small decoder, and what it takes: configs/preference.py
+    bigflax compress --config=compress --recipe=int4-gptq                 any chain below
+    bigflax compress --work=runs/finetune-full --recipe=int8 --max-loss=1%          or of a run of your own
+
+In the work folder stay compress/1-... with the weights of each step, which `bigflax.load` reads, report.json, and two pictures.
+
+Measured: not yet.
+"""
+
+from bigflax import recipes
+
+INT4 = "int4:32"
+CHAINS = {
+    "int8": [dict(do="quantize", to="int8")],
+    "int8-w8a8": [dict(do="quantize", to="int8", method="smoothquant")],
+    "int4": [dict(do="quantize", to=INT4)],
+    "int4-gptq": [dict(do="quantize", to=INT4, method="gptq")],
+    "int4-awq": [dict(do="quantize", to=INT4, method="awq")],
+    "nf4": [dict(do="quantize", to="nf4:32", method="gptq")],
+    "half": [dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=200), dict(do="pack")],
+    "2:4-int8": [
+        dict(do="prune", to="2:4", method="sparsegpt"),
+        dict(do="recover", steps=200),
+        dict(do="pack"),
+        dict(do="quantize", to="int8"),
+    ],
+    "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8")],
+}
+
+
+def get_config(chain: str = "int4-gptq"):
+    config = recipes.load("preference:base")
+    config.compress = dict(chain=CHAINS[chain])
+    return config
