@@ -30,7 +30,7 @@ from typing import Any
 import jax
 
 from bigflax import compress as small
-from bigflax import hub, nn, optim, train, trees
+from bigflax import hub, nn, optim, sharding, train, trees
 from bigflax.compress import distill
 from bigflax.compress.report import Report, Row, divergence, measure
 from bigflax.weights import parse_axes
@@ -143,15 +143,19 @@ def name_of(at: int, said: Mapping[str, Any]) -> str:
 
 
 def compress(
-    run: Any, weights: Any, *, chain: Sequence[Mapping[str, Any]], batches: int = 8, max_loss: float | None = None, turns: int = 15,
-    labels: Sequence[str] = (), say: Callable[[str], None] = print,
+    run: Any, weights: Any, *, chain: Sequence[Mapping[str, Any]], name: str = "chain", batches: int = 8, max_loss: float | None = None,
+    turns: int = 15, labels: Sequence[str] = (), say: Callable[[str], None] = print,
 ) -> Report:  # fmt: skip
-    """Takes the weights through the chain and reports; `batches` of the run's training data are what is looked at on the way.
+    """Takes the weights through the chain of this `name` and reports; `batches` of the run's training data are what is looked at on the way.
 
     Raises ValueError for a chain that `check` refuses, and what its steps raise, before the first of them works."""
     check(chain)
     chain = [dict(said) for said in chain]
-    folder, metric, mode = os.path.join(run.work, "compress"), run.config.watch.metric, "max" if run.config.watch.mode == "max" else "min"
+    folder, metric, mode = (
+        os.path.join(run.work, "compress", name),
+        run.config.watch.metric,
+        "max" if run.config.watch.mode == "max" else "min",
+    )
     with run.loader("train") as loader:
         held = [next(loader) for _ in range(batches)]
     link = Link(run, weights, held, (run.model, weights))
@@ -193,6 +197,8 @@ def _made(
     options = {name: value for name, value in chain[-1].items() if name != "do"}
     took = {"say": say} if chain[-1]["do"] == "recover" else {}
     link = STEPS[chain[-1]["do"]](link, **options, **took)
+    where = sharding.shardings(link.params, link.model.axes, link.run.mesh, link.run.table)
+    link = dataclasses.replace(link, params=jax.device_put(link.params, where))
     shutil.rmtree(place, ignore_errors=True)
     tokenizer = link.run.tokenizer if link.run.kind.tokenized else None
     hub.save(link.model, link.params, place, tokenizer=tokenizer, labels=labels)

@@ -198,11 +198,12 @@ def compress(args: argparse.Namespace, overrides: list[str]) -> int:
     chain = None if args.recipe is None else recipes.load_chain(args.recipe)
     found = exports.trained(args.work, overrides) if args.work else exports.begun(recipes.resolve(recipes.load(args.config), overrides))
     said = found.run.config.compress
-    options = {name: said[name] for name in said if name not in ("chain", "max_loss")}
+    options = {name: said[name] for name in said if name not in ("chain", "max_loss", "name")}
     chains.compress(
         found.run.of(found.run.base),
         found.weights if found.run.tuned is None else peft.merge(found.weights),
         chain=[dict(step) for step in said.chain] if chain is None else chain,
+        name=args.recipe or said.name,
         max_loss=said.max_loss if args.max_loss is None else chains.read_loss(args.max_loss),
         labels=found.labels,
         **options,

@@ -55,11 +55,10 @@ def measure(
     kl: float | None = None, disk: int | None = None, turns: int = 15,
 ) -> Row:  # fmt: skip
     """The row of these weights; `start` is what the chain began with, `forward(params, batch)` what is timed and counted."""
-    now = (forward, params)
-    times = in_turns([start or now, now], batch, turns)
+    times = in_turns([*([] if start is None else [start]), (forward, params)], batch, turns)
     return Row(
         step=step, metrics=dict(metrics), kl=kl, disk=disk, memory=trees.nbytes(params), numbers=trees.count(params),
-        flops=count_flops(forward, params, batch), ms=1e3 * float(np.median(times[1])), speed=float(np.median(times[0] / times[1])),
+        flops=count_flops(forward, params, batch), ms=1e3 * float(np.median(times[-1])), speed=float(np.median(times[0] / times[-1])),
         error={} if start is None else weight_errors(start[1], params),
     )  # fmt: skip
 

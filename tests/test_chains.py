@@ -1,0 +1,162 @@
+"""Chains of compression over a small trained run: what they leave, that they go on, and where they end."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import running
+
+import bigflax
+from bigflax import chains, exports, recipes, runs, trees, weights
+from bigflax.compress.report import Report
+from bigflax.main import main
+
+QUIET = dict(say=lambda text: None, turns=2, batches=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(recipe file, what its run of 60 steps left)."""
+    folder = tmp_path_factory.mktemp("chains")
+    recipe = running.make_recipe(folder)
+    config = recipes.resolve(recipes.load(str(recipe)), ["fit.steps=60", "fit.log_every=60", "fit.save_every=60"])
+    runs.train_run(config, say=lambda text: None)
+    found = exports.trained(config.work)
+    return recipe, found.run.of(found.run.model), found.weights
+
+
+CHAINS = {
+    "int8": [dict(do="quantize", to="int8")],
+    "half, recovered, packed, int8": [
+        dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=5), dict(do="pack"), dict(do="quantize", to="int8"),
+    ],
+    "low rank, int8": [dict(do="factorize", to=0.7), dict(do="quantize", to="int8")],
+    "int4 and nothing else of the mlp": [dict(do="quantize", rules=[("blocks/mlp/(up|down)", "int4:16")], method="gptq")],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_each_step_is_measured_and_saved(trained, name):
+    _, run, params = trained
+    chain = CHAINS[name]
+    report = chains.compress(run, params, chain=chain, name="measured", **QUIET)
+    folder = os.path.join(run.work, "compress", "measured")
+    assert [row.step for row in report.rows] == ["start", *(chains.name_of(i, said) for i, said in enumerate(chain, 1))]
+    assert Report.read(folder) == report
+    assert {"report.json", "report.txt", "quality.png", "error.png"} <= {*os.listdir(folder)}
+    for row in report.rows[1:]:
+        model, loaded = bigflax.load(os.path.join(folder, row.step), mesh=run.mesh)
+        assert trees.nbytes(loaded) == row.memory and trees.count(loaded) == row.numbers
+        again = run.of(model).evaluator()(loaded)
+        assert again["loss"] == pytest.approx(row.metrics["loss"], rel=1e-6)
+        assert row.kl >= 0 and row.speed > 0 and row.disk > 0
+    start, last = report.rows[0], report.rows[-1]
+    assert last.disk < start.disk and last.memory < start.memory
+    assert last.error and all(0 < x < 1.5 for errors in last.error.values() for x in errors)
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_where_it_stopped(trained, monkeypatch):
+    _, run, params = trained
+    chain = [dict(do="quantize", rules=[("blocks/mlp/up", "int8")]), dict(do="quantize", rules=[("blocks/mlp/down", "int8")])]
+    done = []
+    quantize = chains.STEPS["quantize"]
+    steps = {**chains.STEPS, "quantize": lambda link, **options: done.append(options) or quantize(link, **options)}
+    monkeypatch.setattr(chains, "STEPS", steps)
+    chains.compress(run, params, chain=chain[:1], name="resumed", **QUIET)
+    report = chains.compress(run, params, chain=chain, name="resumed", **QUIET)
+    assert len(done) == 2  # the first step was read
+    whole = chains.compress(run, params, chain=chain, name="whole", **QUIET)
+    assert whole.rows[-1].metrics == report.rows[-1].metrics
+    chains.compress(run, params, chain=[{**chain[0], "rules": [("blocks/mlp/up", "int4")]}, chain[1]], name="resumed", **QUIET)
+    assert len(done) == 6  # another first step: both are made again
+
+
+@pytest.mark.slow
+def test_the_gate_keeps_the_last_good_step(trained):
+    _, run, params = trained
+    said = []
+    chain = [dict(do="quantize", rules=[("blocks/mlp/up", "int8")]), dict(do="quantize", rules=[("blocks/attention/.*[qkv]|blocks/mlp/down", "int2")]),
+             dict(do="pack")]  # fmt: skip
+    report = chains.compress(run, params, chain=chain, name="gate", max_loss=0.0005, **{**QUIET, "say": said.append})
+    assert len(report.rows) == 3 and report.loss(report.rows[1]) <= 0.0005 < report.loss(report.rows[2])
+    assert "kept: " + os.path.join(run.work, "compress", "gate", "1-quantize") in said[-1]
+
+
+@pytest.mark.slow
+def test_what_recovers_is_judged_after_it(trained):
+    _, run, params = trained
+    chain = [dict(do="prune", to="50%", method="magnitude"), dict(do="recover", steps=30, lr=3e-3)]
+    report = chains.compress(run, params, chain=chain, name="recovers", max_loss=1.0, **QUIET)
+    assert len(report.rows) == 3
+    assert report.rows[2].kl < report.rows[1].kl
+    _, loaded = bigflax.load(os.path.join(run.work, "compress", "recovers", "2-recover"))
+    masked = [w for _, w in weights.named_weights(loaded) if isinstance(w, weights.Masked)]
+    assert masked and all(bool(np.all(np.asarray(w.w)[~np.asarray(w.mask)] == 0)) for w in masked)
+
+
+@pytest.mark.slow
+def test_the_verb(trained, capsys):
+    recipe, run, _ = trained
+    assert (
+        main(["compress", f"--work={run.work}", "--recipe=int4", "--config.compress.batches=2", "--config.compress.turns=2", "--cache="])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "1-quantize-int4-32" in out and "worse by" in out
+    said = "[{'do': 'quantize', 'to': 'int8'}]"
+    assert (
+        main(
+            ["compress", f"--config={recipe}", f"--config.compress.chain={said}", "--config.compress.turns=2", "--max-loss=50%", "--cache="]
+        )
+        == 0
+    )
+    with open(os.path.join(run.work, "compress", "chain", "report.json")) as file:
+        assert [row["step"] for row in json.load(file)["rows"]] == ["start", "1-quantize-int8"]
+    model, _ = bigflax.load(os.path.join(run.work, "compress", "chain", "1-quantize-int8"))
+    assert model.source and os.path.exists(os.path.join(model.source, "tokenizer.json"))
+
+
+MISTAKES = {
+    "no chain": ([], "at least one step"),
+    "no such step": ([dict(do="squeeze")], "'squeeze'; it can"),
+    "pruned codes": ([dict(do="quantize", to="int8"), dict(do="prune", to="50%")], "only codes to work on"),
+    "nothing to do": ([dict(do="quantize")], "`to`, for all of them, or `rules`"),
+    "no such weight": ([dict(do="quantize", rules=[("block/.*", "int8")])], "'block/.*' matches no weight"),
+    "no such format": ([dict(do="quantize", to="int9")], "no format"),
+    "no such method": ([dict(do="prune", to="50%", method="wandb")], "'wanda'"),
+    "no such option": ([dict(do="quantize", to="int8", method="rtn", damping=1)], "rtn takes no 'damping'"),
+    "a group that does not divide": ([dict(do="quantize", to="int4:24")], "a group of 24 does not divide 32 inputs; nearest is 8"),
+    "a norm": ([dict(do="quantize", rules=[("norm/scale", "int8")])], "norm/scale, which has no inputs"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named_before_any_step_has_worked(trained, chain, message):
+    _, run, params = trained
+    with pytest.raises(ValueError, match=message):
+        chains.compress(run, params, chain=chain, name="mistakes", **QUIET)
+    assert not os.path.exists(os.path.join(run.work, "compress", "mistakes"))
+
+
+def test_every_chain_of_the_recipe_is_one():
+    for name in recipes.load_chain("int8") and ("int8", "int4-gptq", "2:4-int8", "low-rank-int8"):
+        chains.check(recipes.load_chain(name))
+    with pytest.raises(ValueError, match="'int8'"):
+        recipes.load_chain("int9")
+    assert chains.read_loss("1%") == 0.01 and chains.read_loss("0.5") == 0.5
+    with pytest.raises(ValueError, match="no share such as 1%"):
+        chains.read_loss("much")
+
+
+def test_weights_to_begin_with_are_asked_for(tmp_path, capsys):
+    recipe = running.make_recipe(tmp_path)
+    assert main(["compress", f"--config={recipe}", "--recipe=int8"]) == 2
+    assert "there are no weights; train it, or name some" in capsys.readouterr().err
+    assert main(["compress", "--recipe=int8"]) == 2
+    assert "--work=DIR, or a recipe" in capsys.readouterr().err
+    jax.clear_caches()
