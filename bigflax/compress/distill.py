@@ -106,7 +106,7 @@ def distill(
     def loss_fn(params, batch, rng=None):
         seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
         beside = params if isinstance(params, Mapping) else {}
-        own, guide = untaught(params), jax.lax.stop_gradient(beside.get(TEACHER, {}))
+        own, guide = untaught(params), beside.get(TEACHER, {})
         if ema is not None and jax.tree.structure(guide) != jax.tree.structure(own):
             raise ValueError("with ema the average begins as the student's own weights: taught(params, axes, params, axes)")
 

@@ -191,17 +191,33 @@ def test_words_are_the_definition():
 
 
 def test_layers_meet_through_a_matrix():
-    loss_fn, params, *_, batch = make("hidden of another width")
+    _, params, *_, batch = make("hidden of another width")
     student, teacher, *_ = CASES["hidden of another width"]
     states = lambda model, params: model.apply(params, input_ids=batch["input_ids"], hidden_states=True)["hidden_states"]
     s, t = states(student, distill.untaught(params)), states(teacher, params["teacher"])
     w, real = np.asarray(params["projections"]["hidden_states"], float), VISIBLE & (TOKENS != -100).any(1, keepdims=True)
     want = np.mean([np.square(np.asarray(s[i]) @ w - np.asarray(t[j])).mean(-1)[real].mean() for i, j in ((1, 2), (2, 0))])
-    assert float(jax.jit(loss_fn)(params, batch)[1]["hidden"].value) == pytest.approx(want, rel=1e-5)
+    loss, metrics, _ = graded("hidden of another width")
+    assert float(metrics["hidden"].value) == pytest.approx(want, rel=1e-5)
+    assert float(loss.value) == pytest.approx(float(metrics["task_loss"].value) + want, rel=1e-5)
     assert terms.evenly(2, 6) == [0, 3, 6] and terms.evenly(3, 4) == [0, 1, 3, 4]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_sentences_are_near_others_not_themselves():
+    """The divergence of whom each real row is near, itself apart, over rows and columns of products times 20."""
+    _, params, *_, batch = make("sentences")
+    student, teacher, *_ = CASES["sentences"]
+    ids, rows = batch["input_ids"].reshape(2 * N, T), np.repeat(REAL, 2)
+    log_p, log_q = [], []
+    for logs, model, w in ((log_p, teacher, params["teacher"]), (log_q, student, distill.untaught(params))):
+        x = np.asarray(model.apply(w, input_ids=ids)["sentence_embedding"], float)[rows]
+        logs.append(log_softmax(np.where(np.eye(len(x)), -np.inf, 20 * x @ x.T / 2)))
+    p, q = (np.where(np.isinf(x[0]), 0, x[0]) for x in (log_p, log_q))
+    want = 4 * (np.where(np.eye(len(p)), 0, np.exp(p)) * (p - q)).sum(-1).mean()  # rows and columns are one: products are symmetric
+    assert float(graded("sentences")[1]["distillation"].value) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_pieces_are_the_whole(chunk):
     """Loss and gradient, whether the piece divides the time or not; of a piece of one token no more than that is held."""
     student, teacher, task, batch, _ = CASES["words"]
