@@ -4,7 +4,8 @@
     bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
     bigflax plan --topology=v5e:4x4 [--config=RECIPE]                 memory, time and money of a step on chips that are not here
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
-    bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a Hugging Face folder or hub id, written as such a folder
+    bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a folder or hub id, written as a Hugging Face folder
+    bigflax convert SOURCE FILE.gguf [--dtype=q8_0]                   the same, as one file for llama.cpp
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
 What a person did wrong ends in one sentence and exit code 2; a stop signal in exit code 75, everything saved; a host that fell silent ends
@@ -61,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", parents=[devices], help="write a run, or a Hugging Face folder or hub id, as such a folder")
     convert.add_argument("source", help="the work folder of a run, a folder of weights, or a hub id: owner/name")
     convert.add_argument("--adapter", action="store_true", help="of a run that trained few weights, those alone, as PEFT has them")
-    convert.add_argument("target", help="the folder to write")
-    convert.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the weights; by default as stored")
+    convert.add_argument("target", help="the folder to write, or FILE.gguf, which llama.cpp reads")
+    kinds = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
+    convert.add_argument("--dtype", default=None, choices=kinds, help="of the weights, the last two of a .gguf; by default as stored")
     parity = verbs.add_parser("parity", parents=[devices], help="compare a folder's model with transformers and PyTorch")
     parity.add_argument("source", help="a folder, or a hub id: owner/name")
     parity.add_argument(
@@ -164,15 +166,15 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
-    from bigflax import hub, runs, trees
+    from bigflax import gguf, hub, runs, trees
 
     if os.path.isdir(os.path.join(args.source, "checkpoints")):
         runs.export(args.source, args.target, adapter=args.adapter, dtype=args.dtype)
         return 0
     if args.adapter:
         raise ValueError(f"--adapter is for the work folder of a run, and {args.source!r} is none")
-    model, params = hub.load(args.source, dtype=args.dtype)
-    hub.save(model, params, args.target)
+    model, params = hub.load(args.source, dtype=None if args.dtype in gguf.CODES else args.dtype)
+    runs.write(model, params, args.target, dtype=args.dtype)
     print(
         f"{model.family}: {trees.human(trees.count(params))} parameters ({trees.human(trees.nbytes(params), 'B', 1024)}) are in {args.target}"
     )

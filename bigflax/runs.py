@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from bigflax.checkpoint import Checkpoints
 from bigflax.data.quality import Quality
 from bigflax.generate import check as check_generate
 from bigflax.generate import generate
+from bigflax.gguf import CODES
+from bigflax.gguf import save as save_gguf
 from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
 from bigflax.scores import scored
@@ -465,7 +467,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
 
 
 def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
-    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
+    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as `write` does, with tokenizer and names of classes;
     adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
     if adapter and dtype is not None:
         raise ValueError("an adapter is written in the dtype that it was trained in; leave out --dtype, or --adapter")
@@ -484,8 +486,20 @@ def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, 
         adapters.save_adapter(run.model, weights, folder)
     else:
         tokenizer = run.tokenizer if run.kind.tokenized else None
-        hub.save(run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=names)
+        write(run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=names)
     say(f"the weights of step {step} are in {folder}")
+
+
+def write(
+    model: models.nn.Model, params: Any, target: str, *, dtype: str | None = None, tokenizer: Any = None, labels: Sequence[str] = ()
+) -> None:
+    """Writes weights, typed ones merged, as a Hugging Face folder, or as one file for llama.cpp where the target is called `.gguf`."""
+    if target.endswith(".gguf"):
+        save_gguf(model, params, target, dtype=dtype, tokenizer=tokenizer)
+    elif dtype in CODES:
+        raise ValueError(f"{dtype} is a type of GGUF files; call the target {target}.gguf, or give it another dtype")
+    else:
+        hub.save(model, params, target, dtype=dtype, merge=True, tokenizer=tokenizer, labels=labels)
 
 
 def check_same(saved: Mapping[str, Any], config: Config, allow_changes: bool, say: Callable[[str], None]) -> None:
