@@ -225,7 +225,7 @@ def sentencepiece(drop=()):
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    pieces = ["▁t", "he", "▁the", "▁c", "at", "▁cat", "in", "win", "▁win"]
+    pieces = ["▁t", "he", "▁the", "▁c", "at", "▁cat", "in", "win", "▁win", "nd"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces, *sorted({*"".join(pieces), *"dows."})]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     pairs = [(piece[:i], piece[i:]) for piece in pieces[259:] for i in range(1, len(piece)) if {piece[:i], piece[i:]} <= vocab.keys()]
@@ -269,7 +269,7 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     assert (said["tokenizer.ggml.bos_token_id"], said["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert said["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 6] and said["tokenizer.ggml.token_type"][259] == 1
     scores = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.scores"], strict=True))
-    pieces, text = list("▁the▁cat▁in▁the▁windows"), "the cat in the windows"
+    pieces, text = list("▁the▁cat▁in▁the▁windows▁and"), "the cat in the windows and"
     while pairs := [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if scores.get(a + b, -1e9) > -100]:
         i = -max(pairs)[1]  # llama.cpp's rule: the pair that makes the best piece, the first of equals
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]

@@ -154,6 +154,17 @@ def test_one_folder_holds_one_model(llama, tmp_path):
     assert_same(bigflax.load(str(tmp_path))[1], jax.tree.map(weights.dense, typed, is_leaf=weights.is_typed))
 
 
+def test_a_writer_that_dies_leaves_nothing_that_looks_whole(llama, tmp_path, monkeypatch):
+    model, params = llama
+    typed = KINDS["int4"](params, model.axes)
+    bigflax.save(model, typed, str(tmp_path))
+    monkeypatch.setattr("safetensors.numpy.save_file", lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bigflax.save(model, typed, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
+        bigflax.load(str(tmp_path))
+
+
 def test_dtype_is_that_of_arrays_alone(llama, tmp_path):
     model, params = llama
     typed = KINDS["qlora"](params, model.axes)
