@@ -1,11 +1,12 @@
 """What a run leaves: its trained model, read from the work folder, and written for others to read."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bigflax import adapters, hub, peft, recipes
+from bigflax import adapters, gguf, hub, peft, recipes
 from bigflax.checkpoint import Checkpoints
+from bigflax.nn import Model
 from bigflax.runs import Run
 
 
@@ -52,18 +53,28 @@ def begun(config: Any) -> Trained:
     return Trained(run, 0, run.init_state().averaged)
 
 
-def export(work: str, folder: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
-    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as a Hugging Face folder with tokenizer and names of classes;
+def export(work: str, target: str, *, adapter: bool = False, dtype: Any = None, say: Callable[[str], None] = print) -> None:
+    """Writes the weights of a run's best checkpoint, or of its newest where none is best, as `write` does, with tokenizer and names of classes;
     adapted ones merged, or with `adapter` what was trained upon them alone, as PEFT has it."""
     if adapter and dtype is not None:
         raise ValueError("an adapter is written in the dtype that it was trained in; leave out --dtype, or --adapter")
     found = trained(work)
     run, weights = found.run, found.weights
     if adapter:
-        adapters.save_adapter(run.model, weights, folder)
+        adapters.save_adapter(run.model, weights, target)
     else:
         tokenizer = run.tokenizer if run.kind.tokenized else None
-        hub.save(
-            run.model, weights if run.tuned is None else peft.merge(weights), folder, dtype=dtype, tokenizer=tokenizer, labels=found.labels
+        write(
+            run.model, weights if run.tuned is None else peft.merge(weights), target, dtype=dtype, tokenizer=tokenizer, labels=found.labels
         )
-    say(f"the weights of step {found.step} are in {folder}")
+    say(f"the weights of step {found.step} are in {target}")
+
+
+def write(model: Model, params: Any, target: str, *, dtype: str | None = None, tokenizer: Any = None, labels: Sequence[str] = ()) -> None:
+    """Writes weights, typed ones merged, as a Hugging Face folder, or as one file for llama.cpp where the target is called `.gguf`."""
+    if target.endswith(".gguf"):
+        gguf.save(model, params, target, dtype=dtype, tokenizer=tokenizer)
+    elif dtype in gguf.CODES:
+        raise ValueError(f"{dtype} is a type of GGUF files; call the target {target}.gguf, or give it another dtype")
+    else:
+        hub.save(model, params, target, dtype=dtype, merge=True, tokenizer=tokenizer, labels=labels)

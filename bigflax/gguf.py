@@ -303,6 +303,12 @@ def _add_tokenizer(writer: Any, folder: str | None, rows: int) -> None:
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair), rank)
+        known, pieces = set(merges), {tokens[i] for i in tokens if kind(i) == gguf.TokenType.NORMAL}
+        cuttings = ((piece[:i], piece[i:]) for piece in sorted(pieces) for i in range(1, len(piece)))
+        if lost := [pair for pair in cuttings if pieces.issuperset(pair) and pair not in known]:
+            raise ValueError(
+                f"{path!r} never merges {lost[0]}, and llama.cpp, which goes by what a merge gives, would; tokenizer=False writes none"
+            )
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([-float(ranks.get(tokens.get(i, ""), len(merges))) for i in range(rows)])
         writer.add_add_space_prefix(_begins_with_space(said))

@@ -4,7 +4,8 @@
     bigflax config show [--diff]                                      the resolved recipe, or what it changes of the defaults
     bigflax plan --topology=v5e:4x4 [--config=RECIPE]                 memory, time and money of a step on chips that are not here
     bigflax generate --work=runs/quickstart --prompt="def "           continue a prompt with a trained model
-    bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a Hugging Face folder or hub id, written as such a folder
+    bigflax convert SOURCE FOLDER [--dtype=bfloat16] [--adapter]      a run, or a folder or hub id, written as a Hugging Face folder
+    bigflax convert SOURCE FILE.gguf [--dtype=q8_0]                   the same, as one file for llama.cpp
     bigflax compress --work=RUN --recipe=int4-gptq [--max-loss=1%]    a trained model made small, step by step, with a report
     bigflax parity FOLDER                                             the same model here and in PyTorch, compared
 
@@ -62,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", parents=[devices], help="write a run, or a Hugging Face folder or hub id, as such a folder")
     convert.add_argument("source", help="the work folder of a run, a folder of weights, or a hub id: owner/name")
     convert.add_argument("--adapter", action="store_true", help="of a run that trained few weights, those alone, as PEFT has them")
-    convert.add_argument("target", help="the folder to write")
-    convert.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"), help="of the weights; by default as stored")
+    convert.add_argument("target", help="the folder to write, or FILE.gguf, which llama.cpp reads")
+    kinds = ("float32", "bfloat16", "float16", "q8_0", "q4_0")
+    convert.add_argument("--dtype", default=None, choices=kinds, help="of the weights, the last two of a .gguf; by default as stored")
     compress = verbs.add_parser("compress", parents=[devices], help="make a trained model small, step by step, with a report")
     compress.add_argument("--work", metavar="DIR", help="the work folder of the run that trained it")
     compress.add_argument(
@@ -174,15 +176,15 @@ def generate(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
-    from bigflax import exports, hub, trees
+    from bigflax import exports, gguf, hub, trees
 
     if os.path.isdir(os.path.join(args.source, "checkpoints")):
         exports.export(args.source, args.target, adapter=args.adapter, dtype=args.dtype)
         return 0
     if args.adapter:
         raise ValueError(f"--adapter is for the work folder of a run, and {args.source!r} is none")
-    model, params = hub.load(args.source, dtype=args.dtype)
-    hub.save(model, params, args.target)
+    model, params = hub.load(args.source, dtype=None if args.dtype in gguf.CODES else args.dtype)
+    exports.write(model, params, args.target, dtype=args.dtype)
     print(
         f"{model.family}: {trees.human(trees.count(params))} parameters ({trees.human(trees.nbytes(params), 'B', 1024)}) are in {args.target}"
     )

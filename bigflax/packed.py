@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 from bigflax import trees, weights
 from bigflax.nn import Model
 from bigflax.sharding import Table, shardings, whole
-from bigflax.tensors import KINDS, SHARD_BYTES, Item, Tensor, open_tensors, read_json, write_json, write_tensors
+from bigflax.tensors import KINDS, SHARD_BYTES, Item, Tensor, empty, open_tensors, read_json, write_json, write_tensors
 
 RECORD, STEM, FORMAT = "weights.json", "weights", "bigflax weights 1"
 
@@ -38,26 +38,36 @@ RECORD, STEM, FORMAT = "weights.json", "weights", "bigflax weights 1"
 
 def pack(a: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [.., ceil(n bits / 8)] of the lowest `bits` of each of the numbers [.., n], of at most a byte: eight numbers are `bits` bytes."""
-    codes = np.atleast_1d(a).view(np.uint8) & np.uint8(2**bits - 1)
-    *rows, n = codes.shape
-    codes = np.pad(codes, [(0, 0)] * len(rows) + [(0, -n % 8)]).reshape(*rows, -(-n // 8), 8)
-    words = functools.reduce(np.bitwise_or, (codes[..., i].astype("<u8") << np.uint64(bits * i) for i in range(8)))
-    packed = words[..., None].view(np.uint8)[..., :bits].reshape(*rows, -(-n // 8) * bits)
-    return np.ascontiguousarray(packed[..., : -(-n * bits // 8)])
+    *rows, n = a.shape or (1,)
+    codes, out = a.view(np.uint8).reshape(math.prod(rows), n), np.empty((math.prod(rows), -(-n * bits // 8)), np.uint8)
+    for part in _parts_of(*codes.shape):
+        eights = np.pad(codes[part] & np.uint8(2**bits - 1), [(0, 0), (0, -n % 8)]).reshape(-1, -(-n // 8), 8)
+        words = functools.reduce(np.bitwise_or, (eights[..., i].astype("<u8") << np.uint64(bits * i) for i in range(8)))
+        out[part] = words[..., None].view(np.uint8)[..., :bits].reshape(len(words), -(-n // 8) * bits)[:, : out.shape[1]]
+    return out.reshape(*rows, out.shape[1])
 
 
-def unpack(packed: np.ndarray, bits: int, n: int, dtype: Any) -> np.ndarray:
-    """The first n numbers of each row, the inverse of `pack`."""
+def unpack(packed: np.ndarray, bits: int, span: range, dtype: Any) -> np.ndarray:
+    """Of each row that `pack` made the numbers of a span; `packed` begins with the group of eight that the span begins in."""
     *rows, there = packed.shape
-    words = np.zeros((*rows, -(-n // 8), 8), np.uint8)
-    words[..., :bits] = np.pad(packed, [(0, 0)] * len(rows) + [(0, words.shape[-2] * bits - there)]).reshape(*words.shape[:-1], bits)
-    word = words.view("<u8")[..., 0]
-    codes = np.stack([(word >> np.uint64(bits * i)).astype(np.uint8) & np.uint8(2**bits - 1) for i in range(8)], -1)
-    codes = codes.reshape(*rows, -1)[..., :n]
-    if _signed(dtype):
-        sign = np.uint8(2 ** (bits - 1))
-        return ((codes ^ sign) - sign).view(np.int8).astype(dtype)
-    return np.ascontiguousarray(codes).view(dtype) if jnp.issubdtype(dtype, jnp.floating) else codes.astype(dtype)
+    begin, eights = span.start % 8, -(-span.stop // 8) - span.start // 8
+    packed, out = packed.reshape(math.prod(rows), there), empty((math.prod(rows), len(span)), dtype)
+    for part in _parts_of(len(packed), 8 * eights):
+        words = np.pad(packed[part], [(0, 0), (0, eights * bits - there)]).reshape(-1, eights, bits)
+        words = np.pad(words, [(0, 0), (0, 0), (0, 8 - bits)]).view("<u8")[..., 0]
+        codes = np.stack([(words >> np.uint64(bits * i)).astype(np.uint8) & np.uint8(2**bits - 1) for i in range(8)], -1)
+        codes = codes.reshape(len(words), 8 * eights)[:, begin : begin + len(span)]
+        if _signed(dtype):
+            sign = np.uint8(2 ** (bits - 1))
+            codes = ((codes ^ sign) - sign).view(np.int8)
+        out[part] = np.ascontiguousarray(codes).view(dtype) if jnp.issubdtype(dtype, jnp.floating) else codes.astype(dtype)
+    return out.reshape(*rows, len(span))
+
+
+def _parts_of(rows: int, n: int, most: int = 2**22) -> Iterator[slice]:
+    """Rows few enough that what is made of them on the way is small beside a leaf."""
+    step = max(1, most // max(n, 1))
+    return (slice(i, i + step) for i in range(0, rows, step))
 
 
 def _is_integer(dtype: Any) -> bool:
@@ -259,9 +269,11 @@ def _slice(tensor: Tensor, said: dict[str, Any], index: tuple[slice, ...]) -> np
     """That part of an array, a copy: of packed rows only the groups of eight numbers that it reaches into."""
     dtype, bits, shape = jnp.dtype(said["dtype"]), said.get("bits"), tuple(said["shape"])
     if not bits:
-        return np.array(tensor[index]).view(dtype)
-    *rows, span = [slice(*s.indices(n)) for s, n in zip(index, shape, strict=True)] or [slice(0, 1)]
-    begin = span.start // 8
-    rows = tensor[(*rows, slice(begin * bits, -(-span.stop // 8) * bits))]
-    cut = unpack(rows, bits, span.stop - begin * 8, dtype)[..., span.start - begin * 8 :]
-    return cut.reshape(()) if shape == () else cut
+        part = tensor[index]
+        out = empty(part.shape, part.dtype)
+        out[...] = part
+        return out.view(dtype)
+    *rows, span = [range(n)[s] for s, n in zip(index, shape, strict=True)] or [range(1)]
+    groups = slice(span.start // 8 * bits, -(-span.stop // 8) * bits)
+    cut = unpack(tensor[(*(slice(row.start, row.stop) for row in rows), groups)], bits, span, dtype)
+    return cut if shape else cut.reshape(())

@@ -103,6 +103,14 @@ def map_file(path: str) -> dict[str, Tensor]:
     }
 
 
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array on a cache line's bound: JAX takes such a one for its own on a CPU, and copies others."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
 Item = tuple[str, int, Callable[[], np.ndarray]]  # a tensor's name, its bytes, and what makes it
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,12 @@ import pytest
 import qwix
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import assert_same
+from test_hub import MEASURE
 from test_weights import CURVED, ROUNDED, W8A8, WEIGHTS
 
 import bigflax
 from bigflax import models, packed, peft, trees, weights
+from bigflax.models.published import OURS
 from bigflax.sharding import TABLE, make_mesh, shardings
 from bigflax.tensors import map_file
 
@@ -150,6 +154,17 @@ def test_one_folder_holds_one_model(llama, tmp_path):
     assert_same(bigflax.load(str(tmp_path))[1], jax.tree.map(weights.dense, typed, is_leaf=weights.is_typed))
 
 
+def test_a_writer_that_dies_leaves_nothing_that_looks_whole(llama, tmp_path, monkeypatch):
+    model, params = llama
+    typed = KINDS["int4"](params, model.axes)
+    bigflax.save(model, typed, str(tmp_path))
+    monkeypatch.setattr("safetensors.numpy.save_file", lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bigflax.save(model, typed, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
+        bigflax.load(str(tmp_path))
+
+
 def test_dtype_is_that_of_arrays_alone(llama, tmp_path):
     model, params = llama
     typed = KINDS["qlora"](params, model.axes)
@@ -276,3 +291,21 @@ def test_what_is_not_saved(make, want, llama, tmp_path):
     with pytest.raises(ValueError, match=want):
         bigflax.save(model, with_q(params, make(params["blocks"]["attention"]["q"])), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_no_second_copy_in_memory(tmp_path):
+    """268 million codes of four bits: loading holds them once, and little beside."""
+    model = models.create("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16, vocab_size=1000)
+    one = {size: jnp.full(size, 7, jnp.int4) for size in {s.shape for s in jax.tree.leaves(model.shapes())}}
+    scales = lambda s: jnp.ones([n if i == 0 else 1 for i, n in enumerate(s)])
+    typed = jax.tree.map(lambda s: weights.Quantized(one[s.shape], scales(s.shape)) if s.ndim > 2 else jnp.ones(s.shape), model.shapes())
+    packed.write(str(tmp_path), model, typed)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **{k: v for k, v in model.config.items() if k not in OURS}}))
+    file = (tmp_path / "weights.safetensors").stat().st_size // 1024
+    env = {**os.environ, "XLA_FLAGS": ""}  # one device: eight fake ones would hold a whole copy each
+    shown = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], env=env, capture_output=True, text=True, check=True)
+    grown, _ = map(int, shown.stdout.split())
+    held = sum(w.size * (1 if w.dtype == jnp.int4 else 4) for w in jax.tree.leaves(typed)) // 1024  # a CPU gives a code a byte
+    assert file < held * 0.55
+    assert grown < held + 150_000, (grown, held)

@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from bigflax.tensors import empty
+
 THREADS = min(8, os.cpu_count() or 1)
 
 Table = Mapping[str, tuple[str, str]]
@@ -99,7 +101,7 @@ class Entry:
         `done(name)` is told when nothing more of it is needed here."""
         shape = shapes[leaf]
         spans = [range(n)[s] for n, s in zip(shape, index, strict=True)]
-        out = _empty([len(span) for span in spans], dtype)
+        out = empty([len(span) for span in spans], dtype)
         k = len(self.fields)
 
         def one(place: tuple[tuple[int, int], ...]) -> None:
@@ -144,14 +146,6 @@ class Entry:
             flat = [math.prod(sizes[letter] for letter in group) for group in self.groups]
             tensors.append(part.transpose([self.letters.index(letter) for letter in self._order]).reshape(flat))
         return np.asarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), order="C")  # a number stays one
-
-
-def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An array on a cache line's bound: JAX takes such a one for its own on a CPU, and copies others."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _copy(out: np.ndarray, part: np.ndarray) -> None:
