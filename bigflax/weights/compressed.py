@@ -139,7 +139,7 @@ def _(w: Moving):
     if w.scores is None:
         return kept
     nothing = w.scores - jax.lax.stop_gradient(w.scores)  # but its gradient
-    return kept + nothing.astype(kept.dtype) * jax.lax.stop_gradient(w.w)
+    return kept + nothing.astype(kept.dtype) * w.w
 
 
 @shape.register(Scaled | Rotated | W8A8)

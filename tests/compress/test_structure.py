@@ -130,6 +130,21 @@ def test_heads_that_are_nothing_are_cut_without_a_trace(family, axis):
     same(compiled(less)(small, given(family)), compiled(model)(params, given(family)))
 
 
+def test_heads_that_one_leaf_serves_are_the_same_in_all_layers():
+    """T5's relative positions; in each tower the two heads whose scores are the highest over all its layers."""
+    model, params = made("t5")
+    rng, there = np.random.default_rng(0), structure.places(model, "heads")
+    scores = {at: rng.uniform(size=(*place.stack, 4)) for at, place in there.items()}
+    small, _ = structure.narrow(model, params, "heads", [(".*", 2)], scores)
+    for tower in ("encoder", "decoder"):
+        mine = [at for at in there if at.startswith(tower)]
+        best = np.sort(np.argsort(sum(scores[at].sum(0) for at in mine))[2:])
+        assert any(np.any(np.sort(np.argsort(layer)[2:]) != best) for at in mine for layer in scores[at])  # alone they would choose others
+        for name, at in ((f"{tower}/relative/w", (slice(None), best)), *((at, (slice(None), best)) for at in mine)):
+            kept, whole = (dict(trees.named_leaves(tree))[name] for tree in (small, params))
+            np.testing.assert_array_equal(kept, whole[at], name)
+
+
 def renumbered(tensors, stack, kept):
     """Published tensors with those layers alone, numbered anew."""
     side = stack.rpartition("/")[0]
