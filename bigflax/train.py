@@ -13,7 +13,8 @@ knows of Flax: `init` is any function from a key to a tree of arrays, or such a 
 What trains and what is frozen are two trees: `state.params` is differentiated and optimized; `state.frozen` rides beside it with None where
 the other has a weight. Integer leaves, quantized weights, and with `axes` what these call a "statistic", are always frozen. `updates`, {leaf
 name: new value}, is how a loss moves such statistics on (batch norm's running means: models/convnet.py): the step puts them in the place of
-frozen leaves, averaged over micro-batches, and leaves the old ones where it is skipped; evaluation ignores them. Any frozen leaf may be updated.
+frozen leaves, averaged over micro-batches (booleans: true where any is), and leaves the old ones where it is skipped; evaluation ignores them.
+Any frozen leaf may be updated.
 
 Left out on purpose: a Trainer class, callbacks, and the gradient of anything that is not `params`.
 """
@@ -218,7 +219,8 @@ def gradients(loss_fn, params, frozen, batch, rng, accumulate: int = 1) -> tuple
         sums, _ = jax.lax.scan(body, start, (jnp.arange(accumulate), micro))
     grads, loss, metrics, updates = sums
     if accumulate > 1:
-        updates = {name: x / accumulate if jnp.issubdtype(x.dtype, jnp.inexact) else x // accumulate for name, x in updates.items()}
+        mean = lambda x: x if x.dtype == bool else x / accumulate if jnp.issubdtype(x.dtype, jnp.inexact) else x // accumulate
+        updates = {name: mean(x) for name, x in updates.items()}
     # A batch without a single real token has nothing to teach: gradient 0, not NaN.
     scale = 1.0 / jnp.maximum(loss.count, 1).astype(jnp.float32)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), loss, metrics, updates

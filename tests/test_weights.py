@@ -81,6 +81,8 @@ WEIGHTS = {
     "sparse int8": lambda w, axes: sparse_int8(w, axes),
     "sparse, not all outputs as many": lambda w, axes: weights.sparse(w, _mask(w, axes) & (w > -0.1), axes=axes),
     "masked": lambda w, axes: weights.Masked(w, _mask(w, axes)),
+    "moving": lambda w, axes: _moving(w, axes),
+    "moving by scores": lambda w, axes: _moving(w, axes, _random(w.shape, 8)),
     "scaled": _scaled,
     "scaled int8": lambda w, axes: _scaled(w, axes, lambda w: weights.quantize(w, axes=axes)),
     "rotated": lambda w, axes: weights.rotated(w, KEY, axes=axes),
@@ -88,6 +90,10 @@ WEIGHTS = {
     "lora over scaled int8": lambda w, axes: _lora(_scaled(w, axes, lambda w: weights.quantize(w, axes=axes)), axes),
     "ia3 of outputs over lora": lambda w, axes: _stirred(weights.ia3(_lora(w, axes), axes=axes)),
 }
+
+
+def _moving(w, axes, scores=None):
+    return weights.Moving(w, _mask(w, axes), jnp.zeros(w.shape[: len(weights.parse_axes(axes).stack)], jnp.int32), scores)
 
 
 def int8_factors(w, axes):

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigflax import nn, trees
+from bigflax import nn, trees, weights
 
 FAMILIES = (
     "albert", "bart", "bert", "clip", "cnn", "convnext", "deit", "dinov2", "dinov2_with_registers", "distilbert", "electra", "gemma", "gemma2",
@@ -38,6 +38,21 @@ def create(name: str, *, size: str | Mapping[str, Any] | None = None, **config: 
         whole[part] = _over(part_fields(build), chosen.get(part, {}), config.get(part) or {}, name, f"{part}.")
     module = home.build(**whole)
     return dataclasses.replace(nn.model(module, **module.example()), family=name, config=whole)
+
+
+def resized(model: nn.Model, params: Any, changes: Mapping[str, Any]) -> nn.Model:
+    """The model of the config with these changes, whose weights `params` are: what compress/structure.py cuts. Where it was loaded from stays, so that
+    `hub.save` writes the tokenizer's files too. Raises ValueError where it would have other weights."""
+    if not model.family:
+        raise ValueError("only a model of models.create or hub.load has a config to be resized by; this one is of no family")
+    made = dataclasses.replace(create(model.family, **{**model.config, **changes}), source=model.source)
+    ours, theirs = ({name: weights.shape(w) for name, w in weights.named_weights(tree)} for tree in (made.shapes(), params))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{model.family} with {dict(changes)} has {name} of shape {ours.get(name)}, and these weights have {theirs.get(name)}"
+            )
+    return made
 
 
 def fields(build: Callable[..., Any]) -> dict[str, Any]:

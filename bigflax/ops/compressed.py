@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import qwix
 
 from bigflax.ops.matmul import beside, lettered, lookup, operands, product
-from bigflax.weights import IA3, W8A8, LowRank, Masked, Rotated, Scaled, Sparse, dense, hadamard, shape
+from bigflax.weights import IA3, W8A8, LowRank, Masked, Moving, Rotated, Scaled, Sparse, dense, hadamard, shape
 
 
 @product.register
@@ -28,8 +28,8 @@ def _(w: Sparse, spec, x, precision=None) -> jax.Array:
     return product(dense(w), spec, x, precision)
 
 
-@product.register
-def _(w: Masked, spec, x, precision=None) -> jax.Array:
+@product.register(Masked | Moving)
+def _(w, spec, x, precision=None) -> jax.Array:
     return product(dense(w), spec, x, precision)
 
 
@@ -62,6 +62,13 @@ def _(w: W8A8, spec, x, precision=None) -> jax.Array:
 def _(w_VD: LowRank, ids, dtype=None, axes=("vocab", "embed")) -> jax.Array:
     rows = lookup(w_VD.a, ids, dtype, (axes[0], None))
     return product(w_VD.b, "...r,rd->...d", rows)
+
+
+@lookup.register
+def _(w_VD: Moving, ids, dtype=None, axes=("vocab", "embed")) -> jax.Array:
+    rows = lambda part: None if part is None else part[ids]
+    found = dense(Moving(rows(w_VD.w), rows(w_VD.mask), w_VD.step, rows(w_VD.scores)))
+    return found if dtype is None else found.astype(dtype)
 
 
 @lookup.register

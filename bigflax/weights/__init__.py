@@ -34,6 +34,7 @@ and what compression leaves (compressed.py, by compress/):
     LowRank(a, b)              w = a . b                                 fewer numbers
     Sparse(values, bits)       w = values where a bit is set, else 0     N:M, or as many for every output
     Masked(w, mask)            w where mask, else 0                      while it trains
+    Moving(w, mask, step)      w where mask, else zero                   while its mask moves, by |w| or by learned `scores`
     Scaled(base, scale)        w = base * scale                          `scale` varies over the inputs, and does not train
     Rotated(base, signs)       w = R^T base                              R an orthogonal matrix that spreads what is large
     W8A8(base)                 w = base, whose products round to int8 what they multiply
@@ -56,7 +57,7 @@ from bigflax.weights.adapted import (
     rows,
 )
 from bigflax.weights.axes import Axes, parse_axes, write_axes
-from bigflax.weights.compressed import W8A8, LowRank, Masked, Rotated, Scaled, Sparse, hadamard, input_axis, rotated, sparse
+from bigflax.weights.compressed import W8A8, LowRank, Masked, Moving, Rotated, Scaled, Sparse, hadamard, input_axis, rotated, sparse
 from bigflax.weights.laws import (
     TYPES,
     Array,
@@ -75,7 +76,7 @@ from bigflax.weights.laws import (
 from bigflax.weights.narrow import KINDS, Quantized, Rounded, quantize, rounded
 
 __all__ = [
-    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Perturbed", "Prompted",
+    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Moving", "Perturbed", "Prompted",
     "Quantized", "Rotated", "Rounded", "Scaled", "Sparse", "Weight", "adapter", "can_train", "dense", "dora", "hadamard", "ia3", "input_axis",
     "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize", "rotated", "rounded", "rows", "shape", "sparse",
     "trainable", "trains", "typed", "write_axes",

@@ -126,8 +126,8 @@ class Perturbed:
 
 
 Adapted = LoRA | DoRA | IA3 | Adapter | Prompted | Perturbed  # what stands upon a `base`
-# The parts of those that are no matrices, whatever their dimensions: they do not decay.
-VECTORS = ("magnitude", "scale", "down_bias", "up_bias")
+# The parts that are no matrices, whatever their dimensions, and scores of a mask (compressed.py): they do not decay.
+VECTORS = ("magnitude", "scale", "down_bias", "up_bias", "scores")
 
 
 @shape.register(Adapted)

@@ -54,6 +54,18 @@ class Masked:
     mask: Array
 
 
+@typed("w", "mask", "step", "scores")
+@dataclasses.dataclass(frozen=True)
+class Moving:
+    """w where `mask` is true, else zero, while the mask moves (compress/gradual.py): `step` [..stack] int32 counts the steps that it has seen. `scores`, where
+    there are some, are learned as if they stood in the mask's place: their gradient is that of the product's matrix, times w."""
+
+    w: Array
+    mask: Array
+    step: Array
+    scores: Array | None = None
+
+
 @typed("base", "scale")
 @dataclasses.dataclass(frozen=True)
 class Scaled:
@@ -117,14 +129,23 @@ def _(w: Sparse):
     return jnp.moveaxis(jnp.take_along_axis(values, place, -1) * there.astype(values.dtype), -1, w.axis)
 
 
-@shape.register
-def _(w: Masked):
+@shape.register(Masked | Moving)
+def _(w):
     return shape(w.w)
 
 
 @dense.register
 def _(w: Masked):
     return jnp.where(w.mask, w.w, jnp.zeros((), w.w.dtype))
+
+
+@dense.register
+def _(w: Moving):
+    kept = jnp.where(w.mask, w.w, jnp.zeros((), w.w.dtype))
+    if w.scores is None:
+        return kept
+    nothing = w.scores - jax.lax.stop_gradient(w.scores)  # but its gradient
+    return kept + nothing.astype(kept.dtype) * w.w
 
 
 @shape.register(Scaled | Rotated | W8A8)
@@ -186,6 +207,11 @@ def _(w: Masked, axes: str):
     return Masked(axes, axes)  # type: ignore[arg-type]
 
 
+@part_axes.register
+def _(w: Moving, axes: str):
+    return Moving(axes, axes, " ".join(parse_axes(axes).stack), w.scores if w.scores is None else axes)  # type: ignore[arg-type]
+
+
 @part_axes.register(Scaled | Rotated)
 def _(w, axes: str):
     part = "scale" if isinstance(w, Scaled) else "signs"
@@ -210,6 +236,11 @@ def _(w: Sparse, axes: str = ""):
 @can_train.register
 def _(w: Masked, axes: str = ""):
     return Masked(can_train(w.w), False)  # type: ignore[arg-type]
+
+
+@can_train.register
+def _(w: Moving, axes: str = ""):
+    return Moving(can_train(w.w), False, False, w.scores if w.scores is None else can_train(w.scores))  # type: ignore[arg-type]
 
 
 @can_train.register
