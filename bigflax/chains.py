@@ -7,6 +7,8 @@
     quantize     `to` a format, "int4:128"                                                            those of compress.quantize and its method
     prune        `to` a pattern, "50%" or "2:4"                                                       those of compress.prune
     factorize    `to` a share of the numbers, 0.8, or a rank                                          those of compress.factorize
+    layers       leaves `keep` layers, a number or a share, of each stack: `by` "influence", "run" or "every" (evenly)   rules
+    narrow       leaves `keep` of an `axis`, "mlp", "heads" or "kv_heads": `by` "taylor" or "magnitude"                rules
     recover      trains what can train, with the model at the start as a teacher                      steps, lr, weight, temperature, and of optim.make
     pack         zeros and their places leave the memory (compress.packed)
 
@@ -30,8 +32,8 @@ from typing import Any
 import jax
 
 from bigflax import compress as small
-from bigflax import hub, nn, optim, sharding, train, trees
-from bigflax.compress import distill
+from bigflax import hub, models, nn, optim, sharding, train, trees
+from bigflax.compress import distill, structure
 from bigflax.compress.report import Report, Row, divergence, measure
 from bigflax.weights import parse_axes
 
@@ -104,13 +106,48 @@ def recover(
     return dataclasses.replace(link, params=distill.untaught(state.weights))
 
 
+def layers(link: Link, *, keep: Any, by: str = "influence", rules: trees.Rules | None = None) -> Link:
+    """Fewer layers, dense as before; `rules` say other numbers of other stacks."""
+    model, said = link.model, [(".*", keep)] if rules is None else rules
+    if by == "every":
+        listed = lambda units, many: [int(i * len(units) / many) for i in range(many)]
+        each = {stack: [i for unit in units for i in unit.layers] for stack, units in structure.stacks(model).items()}
+        share = lambda of, value: round(value * len(of)) if isinstance(value, float) else value
+        kept = [(re.escape(stack), listed(of, share(of, value))) for stack, of in each.items() if (value := trees.match(said, stack))]
+    elif by in ("influence", "run"):
+        apart = structure.distances(model, link.params, link.batches, angle=by == "run")
+        choose = structure.best_run if by == "run" else structure.best_layers
+        kept = choose(model, apart if by == "run" else structure.influence(apart), said)
+    else:
+        raise ValueError(f"layers are chosen by 'influence', 'run' or 'every', not {by!r}")
+    return _smaller(link, *structure.layers(model, link.params, kept))
+
+
+def narrow(link: Link, *, axis: str, keep: Any, by: str = "taylor", rules: trees.Rules | None = None) -> Link:
+    """Fewer channels or heads in each layer, dense as before."""
+    if by not in ("taylor", "magnitude"):
+        raise ValueError(f"channels and heads are chosen by 'taylor' or 'magnitude', not {by!r}")
+    model, loss_fn = link.model, link.run.loss_of(attack=None)
+    scores = (
+        structure.magnitude(model, link.params, axis)
+        if by == "magnitude"
+        else structure.taylor(model, link.params, axis, loss_fn, link.batches)
+    )
+    return _smaller(link, *structure.narrow(model, link.params, axis, [(".*", keep)] if rules is None else rules, scores))
+
+
+def _smaller(link: Link, params: Any, changes: Mapping[str, Any]) -> Link:
+    return dataclasses.replace(link, run=link.run.of(models.resized(link.model, params, changes)), params=params)
+
+
 def pack(link: Link) -> Link:
     """Sparse in the place of Masked."""
     return dataclasses.replace(link, params=small.packed(link.params, link.model.axes))
 
 
 STEPS: Mapping[str, Callable[..., Link]] = {
-    "quantize": _by(small.quantize), "prune": _by(small.prune), "factorize": _by(small.factorize), "recover": recover, "pack": pack,
+    "quantize": _by(small.quantize), "prune": _by(small.prune), "factorize": _by(small.factorize), "layers": layers, "narrow": narrow,
+    "recover": recover, "pack": pack,
 }  # fmt: skip
 
 
@@ -123,7 +160,7 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
         what = said.get("do", "")
         if what not in STEPS:
             raise ValueError(f"a step does {what!r}; {trees.did_you_mean(str(what), STEPS, 'it can')}")
-        if what in ("prune", "factorize") and codes:
+        if what in ("prune", "factorize", "narrow") and codes:
             raise ValueError(f"{what} behind quantize has only codes to work on; put it before")
         codes |= what == "quantize"
 

@@ -26,6 +26,8 @@ CHAINS = {
         dict(do="pack"),
         dict(do="quantize", to="int8"),
     ],
+    "half-depth": [dict(do="layers", keep=0.5), dict(do="recover", steps=500)],
+    "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8")],
     "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8")],
 }
 

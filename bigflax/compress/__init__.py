@@ -22,7 +22,7 @@ from bigflax import nn, trees
 from bigflax.compress import factoring, pruning, quantizing
 from bigflax.compress.observing import Seen, blank, layer_by_layer, layers_of, observe, stacked
 from bigflax.compress.pruning import packed
-from bigflax.weights import LowRank, Quantized, Sparse, Weight, is_typed, named_weights, parse_axes, shape, write_axes
+from bigflax.weights import LowRank, Masked, Sparse, Weight, dense, is_typed, named_weights, parse_axes, shape, write_axes
 
 __all__ = [
     "FACTORIZE", "PRUNE", "QUANTIZE", "Method", "Seen", "factorize", "layer_by_layer", "observe", "packed", "prune", "quantize",
@@ -56,8 +56,8 @@ def quantize(
 ) -> Any:  # fmt: skip
     """The params with what the rules match in the format that they say, "int4:128" (quantizing.py), by a method of QUANTIZE with its options.
 
-    The factors of a LowRank and the values of a Sparse are rounded to nearest, each by itself. Raises ValueError before any work for rules that match
-    nothing, formats that do not fit, options that the method does not have, and a method that looks at data and got none."""
+    The factors of a LowRank, the values of a Sparse, and a Masked, whose zeros stay, are rounded to nearest, each by itself. Raises ValueError before any
+    work for rules that match nothing, formats that do not fit, options that the method does not have, and a method that looks at data and got none."""
 
     def over(make, w, value, *, axes, seen, **options):
         if isinstance(w, LowRank):
@@ -65,8 +65,10 @@ def quantize(
             return LowRank(quantizing.rtn(w.a, value, axes=a), quantizing.rtn(w.b, value, axes=b), w.split)
         if isinstance(w, Sparse):
             return Sparse(quantizing.rtn(w.values, value, axes=axes), w.bits, w.axis)
-        if isinstance(w, Quantized) or is_typed(w):
-            raise ValueError(f"a {type(w).__name__} cannot be quantized; arrays, LowRank and Sparse can")
+        if isinstance(w, Masked):
+            return quantizing.rtn(dense(w), value, axes=axes)
+        if is_typed(w):
+            raise ValueError(f"a {type(w).__name__} cannot be quantized; arrays, LowRank, Sparse and Masked can")
         return make(w, value, axes=axes, seen=seen, **options)
 
     return matrixwise(QUANTIZE, over, quantizing.read_format, model, params, rules, method, forward, batches, rows, options)
