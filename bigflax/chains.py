@@ -91,11 +91,12 @@ def recover(
     say: Callable[[str], None] = print,
     **optimizer: Any,
 ) -> Link:
-    """Trains so many steps of the run's own batches by the run's own task, and `weight` of it by what the model at the start says of them."""
+    """Trains so many steps of the run's own batches by the run's own task, and `weight` of it by what the model at the start says of them: 0 is no teacher."""
     run, (teacher, told) = link.run, link.start
-    both = distill.taught(link.params, link.model.axes, told, teacher.axes)
+    task = lambda model: run.loss_of(model, attack=None)
+    both = distill.taught(link.params, link.model.axes, *((told, teacher.axes) if weight else ()))
+    loss_fn = distill.distill(task, link.model, teacher, weight=weight, temperature=temperature) if weight else task(link.model)
     tx = optim.make(**{"weight_decay": 0.0, "kind": "linear", "final": 0.0, **optimizer}, lr=lr, steps=steps, axes=both.axes)
-    loss_fn = distill.distill(lambda model: run.loss_of(model, attack=None), link.model, teacher, weight=weight, temperature=temperature)
     state = train.init_state(both.params, tx, mesh=run.mesh, axes=both.axes, freeze=both.freeze, seed=run.config.seed, table=run.table)
     step = train.train_step(loss_fn, tx, state, seed=run.config.seed, table=run.table)
     with run.loader("train") as loader:

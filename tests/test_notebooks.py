@@ -205,9 +205,8 @@ def test_your_own_step_is_what_its_text_says(tmp_path):
     assert got["trains"] == ["student/down", "student/embed", "student/up"]
 
 
-@slow
-def test_fine_tuning_compares_and_writes(tmp_path):
-    """On a tiny BERT of random weights and texts whose topic is in their words, both of which lie where the notebook looks first."""
+def topics_and_weights(tmp_path):
+    """A tiny BERT of random weights and texts whose topic is in their words, both of which lie where the notebooks look first."""
     import jax
     import numpy as np
 
@@ -222,6 +221,13 @@ def test_fine_tuning_compares_and_writes(tmp_path):
     tokenizer = data.train_bpe((text(topic) for topic in topics for _ in range(50)), 290)
     model = models.create("bert", size="tiny", vocab_size=tokenizer.vocab_size, head=None)
     bigflax.save(model, model.init(jax.random.key(0)), str(tmp_path / "weights"), tokenizer=tokenizer)
+
+
+@slow
+def test_fine_tuning_compares_and_writes(tmp_path):
+    import numpy as np
+
+    topics_and_weights(tmp_path)
     small = "for config in configs.values():\n    config.optimizer.lr, config.optimizer.warmup_steps = 3e-3, 2"
     report = """{
         "rows": len(rows), "found": found, "sizes": sizes, "classes": classes, "chances": [float(row.sum()) for row in chances],
@@ -236,6 +242,25 @@ def test_fine_tuning_compares_and_writes(tmp_path):
     assert got["sizes"]["adapter"] < got["sizes"]["merged"] / 5
     assert "peft.name: None -> 'lora'" in texts["recipe"]
     assert " are frozen; the optimizer holds " in texts["lora"]
+
+
+@slow
+def test_a_student_is_measured_beside_its_teacher(tmp_path):
+    topics_and_weights(tmp_path)
+    small = "EPOCHS, STEPS = 4, 30\nconfig.optimizer.lr, config.optimizer.warmup_steps = 3e-3, 2"
+    report = """{
+        "rows": [[row.step, row.metrics["accuracy"], row.disk or row.memory, row.speed, row.kl] for row in report.rows],
+        "without": without.rows[2].metrics["accuracy"], "classes": classes, "layers": model.config["num_hidden_layers"],
+        "chances": [float(row.sum()) for row in chances],
+    }"""
+    got, _, images = execute("04_compress.ipynb", tmp_path, 0, report, {"settings": small})
+    assert images == {"report"}
+    steps, accuracy, size, speed, apart = zip(*got["rows"], strict=True)
+    assert steps == ("start", "1-layers", "2-recover", "3-quantize-int8") and got["layers"] == 1
+    assert accuracy[0] >= 0.9 and accuracy[3] >= 0.9
+    assert size[3] < size[2] < size[0] and min(speed) > 0
+    assert apart[2] < apart[1] and abs(apart[3] - apart[2]) < 0.01
+    assert got["classes"] == {"0": "animals", "1": "colours"}
 
 
 @slow
