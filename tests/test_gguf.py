@@ -166,7 +166,10 @@ def test_rules_and_what_32_does_not_divide(tmp_path):
     for rules, want in (([("embed", "q8_0")], "matches no weight"), ("q5_k", "GGUF files have no 'q5_k'; .*'q8_0'")):
         with pytest.raises(ValueError, match=want):
             gguf.save(model, params, str(tmp_path / "no.gguf"), dtype=rules)
-    assert not (tmp_path / "no.gguf").exists()
+    adapted = with_leaves(model, params, lambda w, axes: weights.adapter(w, 2, axes=axes, rng=jax.random.key(0)))
+    with pytest.raises(ValueError, match="an adapter is a function"):
+        gguf.save(model, adapted, str(tmp_path / "no.gguf"))
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 SAID = {  # what a model is, and what its file says of it
@@ -315,7 +318,7 @@ def test_convert(tmp_path, capsys):
 @pytest.mark.parametrize("family", MODELS)
 def test_llama_cpp_computes_the_same(family, tmp_path):
     llama_cpp = pytest.importorskip("xllamacpp", reason="a build of llama.cpp (PyPI xllamacpp) is not installed")
-    more = {"llama": dict(rope_scaling=LLAMA3, attention_bias=True), "qwen3": dict(rope_scaling=YARN)}.get(family, MODELS[family])
+    more = {"llama": dict(MODELS["llama"], rope_scaling=LLAMA3), "qwen3": dict(rope_scaling=YARN)}.get(family, MODELS[family])
     model, params = made(family, vocab_size=300, **more)
     tokenizer, text = data.train_bpe([TEXT], 290), "The cat slept by 12 windows"
     gguf.save(model, params, str(tmp_path / "m.gguf"), tokenizer=tokenizer)
