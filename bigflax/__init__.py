@@ -24,7 +24,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (
     *("checkpoint", "chips", "curves", "data", "flops", "hub", "losses", "metrics", "models", "nn", "ops", "optim", "sharding", "planner"),
-    *("adapters", "peft", "tasks", "topology", "trees", "weights", "yardsticks"),
+    *("adapters", "gguf", "peft", "tasks", "topology", "trees", "weights", "yardsticks"),
 )
 
 __all__ = [*_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -15,7 +15,7 @@ divide become float16; vectors are float32, as llama.cpp wants them.
 Its `llama` rotates neighbours (2 i, 2 i + 1) where Hugging Face's rotates halves (i, i + H/2): rows of q and k are put in that order. Llama 3's stretched
 rotary frequencies are a tensor. A sliding window it does not have; up to the window's length that changes nothing, so that becomes the context's.
 
-Sources: github.com/ggml-org/llama.cpp, its gguf-py 0.19, ggml's quants and its converter for the names of fields, which this file's result is held to.
+Sources: github.com/ggml-org/llama.cpp: its package gguf 0.19, and its converter from Hugging Face, for the fields and the order of rows.
 Left out on purpose: other families, formats of super-blocks (K-quants: llama-quantize makes them from float16), splitting into several files, and of
 tokenizers normalizers and pre-tokenizers that llama.cpp does not know by name: such a one is refused, `tokenizer=False` leaves it out.
 """
@@ -138,6 +138,7 @@ def _tensors(
     for entry in hub.lines(model, prefixed=True):
         leaf, shape = entry.leaves[0], entry.shape(shapes)
         w = leaves[leaf].base if isinstance(leaves[leaf], W8A8) else leaves[leaf]
+        jax.eval_shape(dense, w)  # raises, before a byte is written, for what no array stands for
         fits = {kind: _fits(w, entry, shapes[leaf], bits) for kind, bits in CODES.items()}
         kind = "float32" if len(shape) == 1 else trees.match(rules, leaf) or _own(w, fits)
         if kind not in KINDS:

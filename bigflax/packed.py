@@ -10,8 +10,8 @@ five. All else has safetensors' own type, and what it has no name for that of un
 gives JAX as a pytree, its static fields the rest of its dataclass, so a type that is registered (weights.typed) is stored without a word here.
 
 Reading cuts each shard out of the mapped file, one leaf after the other; rows of bytes are unpacked as far as a shard reaches.
-Left out on purpose: compression beyond that (entropy coding saves 5 to 10% of int4 and costs the slices), and what is no weight but a moment of a
-training step: PRNG keys, and a Perturbed, which belongs to one batch.
+Left out on purpose: entropy coding, which has no slices; and what is no weight but a moment of training: PRNG keys, and a Perturbed, which belongs to
+one batch.
 """
 
 import dataclasses
@@ -136,10 +136,9 @@ def _described(name: str, w: Any, dtype: Any, items: list[Item]) -> dict[str, An
         return {"type": type(w).__name__, "static": static, "parts": below}
     if not hasattr(w, "dtype") or jax.dtypes.issubdtype(w.dtype, jax.dtypes.prng_key):
         raise ValueError(f"{name} is a {getattr(w, 'dtype', type(w).__name__)}, which is no part of a weight and is not saved")
-    kind = jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
-    said = {"dtype": str(kind), "shape": list(w.shape)}
-    if bits := _bits(w):
-        said["bits"] = bits
+    casts = dtype is not None and jnp.issubdtype(w.dtype, jnp.floating)
+    kind, bits = jnp.dtype(dtype) if casts else w.dtype, None if casts else _bits(w)
+    said = {"dtype": str(kind), "shape": list(w.shape), **({"bits": bits} if bits else {})}
     stored, size = _stored(said)
 
     def make() -> np.ndarray:

@@ -166,7 +166,10 @@ def test_rules_and_what_32_does_not_divide(tmp_path):
     for rules, want in (([("embed", "q8_0")], "matches no weight"), ("q5_k", "GGUF files have no 'q5_k'; .*'q8_0'")):
         with pytest.raises(ValueError, match=want):
             gguf.save(model, params, str(tmp_path / "no.gguf"), dtype=rules)
-    assert not (tmp_path / "no.gguf").exists()
+    adapted = with_leaves(model, params, lambda w, axes: weights.adapter(w, 2, axes=axes, rng=jax.random.key(0)))
+    with pytest.raises(ValueError, match="an adapter is a function"):
+        gguf.save(model, adapted, str(tmp_path / "no.gguf"))
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 SAID = {  # what a model is, and what its file says of it
@@ -315,8 +318,9 @@ def test_convert(tmp_path, capsys):
 @pytest.mark.parametrize("family", MODELS)
 def test_llama_cpp_computes_the_same(family, tmp_path):
     llama_cpp = pytest.importorskip("xllamacpp", reason="a build of llama.cpp (PyPI xllamacpp) is not installed")
-    more = {"llama": dict(rope_scaling=LLAMA3, attention_bias=True), "qwen3": dict(rope_scaling=YARN)}.get(family, MODELS[family])
+    more = {"llama": dict(MODELS["llama"], rope_scaling=LLAMA3), "qwen3": dict(rope_scaling=YARN)}.get(family, MODELS[family])
     model, params = made(family, vocab_size=300, **more)
+    params = trees.map_named(lambda name, w: jnp.ones_like(w) if name.endswith("scale") else 4 * w, params)  # so that attention decides
     tokenizer, text = data.train_bpe([TEXT], 290), "The cat slept by 12 windows"
     gguf.save(model, params, str(tmp_path / "m.gguf"), tokenizer=tokenizer)
     options = llama_cpp.CommonParams()
@@ -327,5 +331,5 @@ def test_llama_cpp_computes_the_same(family, tmp_path):
     assert said["usage"]["prompt_tokens"] == len(ids)
     got = {one["id"]: one["logprob"] for one in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
     want = jax.nn.log_softmax(model.apply(params, input_ids=ids[None])["logits"][0, -1])
-    # llama.cpp keeps keys and values, and multiplies them, in float16
-    np.testing.assert_allclose([got[i] for i in sorted(got)], want[np.array(sorted(got))], atol=2e-2)
+    # llama.cpp keeps keys and values in float16, and sums in other orders: here 1% of the logits' spread; rows of q in a wrong order are 300% off
+    np.testing.assert_allclose([got[i] for i in sorted(got)], want[np.array(sorted(got))], atol=0.05 * float(jnp.std(want)))
