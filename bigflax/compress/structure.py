@@ -16,7 +16,8 @@ for layers over the names of stacks ("blocks", "encoder/blocks"); a value is how
     taylor       |dL/dz| summed over batches, z = 1 a factor of the channel, head or layer             Michel et al. 2019 (1905.10650), eq. 2;
                  and that is |g . w_read|, for z could stand before w_read                               Molchanov et al. 2019 (1906.10771)
     influence    1 - cos(h_l, h_l+1), the mean over real tokens: of layers                             ShortGPT, Men et al. 2024 (2403.03853), eq. 1
-    best_run     the n layers in a row that turn the states least, arccos(h_l . h_l+n) / pi            Gromov et al. 2024 (2403.17887), section 3
+    best_run     the n layers in a row that turn the states least, arccos(h_l . h_l+n) / pi,           Gromov et al. 2024 (2403.17887), section 3
+                 over all real tokens too, where the paper looks at the last
 
 Left out on purpose: the width of embeddings, which no score of a trained model makes cheap (distill into a narrower student instead); different sizes in
 different layers, which no config can say; recovery, which is any training: with the large model as a teacher, or of LoRA.
