@@ -9,15 +9,15 @@ A `Moving` weight (weights/compressed.py) knows how many steps it has seen and w
 function from loss to loss: it gives the step their new values as updates, as batch norm does with its means, and a checkpoint holds all there is to know.
 The mask of a matrix, of each layer and expert by itself, leaves out as many entries as the schedule says, to one, those of the lowest score:
 
-    magnitude    |w|. A masked weight keeps its value, and comes back where others have become smaller       Zhu and Gupta 2017 (1710.01878)
-    movement     S, learned: dL/dS = dL/dW' w, as if the mask were S itself (straight through). It falls     Sanh et al. 2020 (2005.07683), eq. 3
-                 where training moves w towards zero, whatever its size: for fine-tuning
+    magnitude    |w|. A masked weight keeps its value, and comes back where others have become smaller    Zhu and Gupta 2017 (1710.01878)
+    movement     S, learned: dL/dS = dL/dW' w, as if the mask were S itself (straight through). It        Sanh et al. 2020 (2005.07683), section 4
+                 falls where training moves w towards zero, however large it is: for fine-tuning
 
-    s(t) = s_f + (s_i - s_f) (1 - (t - t_0) / n)^3, from t_0 to t_0 + n                                      Zhu and Gupta, eq. 1
+    s(t) = s_f + (s_i - s_f) (1 - (t - t_0) / n)^3, from t_0 to t_0 + n                                   Zhu and Gupta, eq. 1
 
 Scores begin at zero and only their order counts, so with Adam the size of their rate does not matter, its course does; optim.make lets them not decay.
 
-Left out on purpose: one ranking over all matrices, soft thresholds (Sanh et al., section 4), and N:M patterns, for which prune once and train Masked.
+Left out on purpose: one ranking over all matrices, soft movement pruning (a threshold and a penalty), and N:M patterns, for which prune once and train Masked.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,8 @@ for layers over the names of stacks ("blocks", "encoder/blocks"); a value is how
     taylor       |dL/dz| summed over batches, z = 1 a factor of the channel, head or layer             Michel et al. 2019 (1905.10650), eq. 2;
                  and that is |g . w_read|, for z could stand before w_read                               Molchanov et al. 2019 (1906.10771)
     influence    1 - cos(h_l, h_l+1), the mean over real tokens: of layers                             ShortGPT, Men et al. 2024 (2403.03853), eq. 1
-    best_run     the n layers in a row that turn the states least, arccos(h_l . h_l+n) / pi            Gromov et al. 2024 (2403.17887), section 3
+    best_run     the n layers in a row that turn the states least, arccos(h_l . h_l+n) / pi,           Gromov et al. 2024 (2403.17887), section 3
+                 over all real tokens too, where the paper looks at the last
 
 Left out on purpose: the width of embeddings, which no score of a trained model makes cheap (distill into a narrower student instead); different sizes in
 different layers, which no config can say; recovery, which is any training: with the large model as a teacher, or of LoRA.
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import nn, trees
+from bigflax.sharding import whole
 from bigflax.weights import can_train, is_typed, named_weights, parse_axes
 
 Scores = Mapping[str, Any]  # {place: array [*stack, size]}, or of layers {stack: [L]}
@@ -61,12 +63,12 @@ def places(model: nn.Model, axis: str) -> dict[str, Place]:
     """The places of "mlp", "heads" or "kv_heads", by the name of the matrix that reads it. Raises ValueError where there is none."""
     if axis not in ("mlp", "heads", "kv_heads"):
         raise ValueError(f"the axis {axis!r} cannot be narrowed; 'mlp', 'heads' and 'kv_heads' can, and layers left out")
-    read, sides = "mlp" if axis == "mlp" else "heads", ("mlp",) if axis == "mlp" else ("heads", "kv_heads")
+    read, sides = _read(axis), {"mlp"} if axis == "mlp" else {"heads", "kv_heads"}
     texts, sizes = _texts(model), {name: leaf.shape for name, leaf in trees.named_leaves(model.shapes())}
     found = {}
     for name, ax in texts.items():
         if read in [ax.names[i] for i in ax.contracted]:
-            beside = tuple(other for other, its in texts.items() if _module(other) == _module(name) and {*sides} & {*its.names})
+            beside = tuple(other for other, its in texts.items() if _module(other) == _module(name) and sides & {*its.names})
             known = {side: size for other in beside for side, size in zip(texts[other].names, sizes[other], strict=True)}
             found[name] = Place(beside, sizes[name][: len(ax.stack)], known)
     if not found:
@@ -122,7 +124,7 @@ def _kept(value: Any, sizes: Mapping[str, int], axis: str, at: str) -> int:
     if axis == "heads" and sizes["kv_heads"] < size:
         step = sizes["kv_heads"]
     many = size if value is None else round(value * size) if isinstance(value, float) else value
-    if not 0 < many <= size or many % step:
+    if not isinstance(many, int) or not 0 < many <= size or many % step:
         groups = f" in multiples of its {step} groups" if step > 1 else ""
         raise ValueError(f"{at} has {size} of {axis!r}, of which {value!r} cannot be kept; keep 1 to {size}{groups}, or a share")
     return many
@@ -133,7 +135,7 @@ def _chosen(
 ) -> dict[str, np.ndarray]:
     """Which are kept of each axis of a place: {"mlp": [*stack, many]}, or {"heads": ..., "kv_heads": ...}."""
     sizes, stack = there[at].sizes, there[at].stack
-    read = "mlp" if axis == "mlp" else "heads"
+    read = _read(axis)
 
     def of(at):
         found = np.asarray(scores[at], np.float64)
@@ -299,7 +301,7 @@ def _choose(model, rules, choose) -> list[tuple[str, list[int]]]:
         if value is None:
             continue
         many = round(value * L) if isinstance(value, float) else value
-        gone = choose(stack, units, L - many) if 0 < many <= L else []
+        gone = choose(stack, units, L - many) if isinstance(many, int) and 0 < many <= L else []
         kept = [i for unit in units if unit not in gone for i in unit.layers]
         if len(kept) != many:
             sizes = {len(unit.layers) for unit in units}
@@ -322,7 +324,7 @@ def magnitude(model: nn.Model, params: Any, axis: str) -> dict[str, np.ndarray]:
             last = name.rpartition("/")[2].removesuffix("_bias")
             if axis == "mlp" or name == at or last == "v":  # what q and k do to a head is no question of size
                 squares[last] = squares.get(last, 0) + _rows(jnp.square(_array(leaves, name).astype(jnp.float32)), texts[name], place)
-        found[at] = np.sqrt(np.prod([np.asarray(x, np.float64) for x in squares.values()], axis=0))
+        found[at] = np.sqrt(np.prod([np.asarray(whole(x), np.float64) for x in squares.values()], axis=0))
     return found
 
 
@@ -337,12 +339,12 @@ def activation(model: nn.Model, params: Any, axis: str, squares: Mapping[str, An
         ins = [size for i, size in enumerate(w.shape) if i < len(ax.stack) or i in ax.contracted]
         outs = tuple(i for i in range(len(ax.stack), w.ndim) if i not in ax.contracted)
         added = jnp.reshape(jnp.asarray(squares[at]), ins) * jnp.square(w).sum(outs)
-        found[at] = np.sqrt(np.asarray(added.reshape(*place.stack, place.sizes[_read(axis)], -1).sum(-1), np.float64))
+        found[at] = np.sqrt(np.asarray(whole(added.reshape(*place.stack, place.sizes[_read(axis)], -1).sum(-1)), np.float64))
     return found
 
 
 def taylor(model: nn.Model, params: Any, axis: str, loss_fn: Callable[..., Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
-    """|dL/dz| of a factor z = 1 of each channel, query head or, for "layers", of the weights of each layer, summed over the batches.
+    """|dL/dz| of a factor z = 1 of each channel or query head, summed over the batches; for "layers" of each weight of a layer, summed over those too.
 
     `loss_fn(params, batch, rng)` is any loss (train.py), of which the sum is taken and not the mean. Signs cancel within a batch and not between batches:
     of smaller ones it is the better score.
@@ -363,14 +365,14 @@ def taylor(model: nn.Model, params: Any, axis: str, loss_fn: Callable[..., Any],
             loss = loss[0] if isinstance(loss, tuple) else loss
             return jnp.sum(getattr(loss, "total", loss))
 
-        by_weight = jax.tree.map(lambda w, g: (w * g).astype(jnp.float32), kept, jax.grad(total)(kept))
+        by_weight = jax.tree.map(lambda w, g: w.astype(jnp.float32) * g.astype(jnp.float32), kept, jax.grad(total)(kept))
         return {name: jnp.abs(_rows(x, texts[name], wanted[name])) for name, x in trees.named_leaves(by_weight)}
 
     kept, rest = trees.partition(params, trees.map_named(lambda name, _: name in wanted, params))
     sums: dict[str, np.ndarray] = {}
     for batch in batches:
         for name, x in one(kept, rest, batch).items():
-            sums[name] = sums.get(name, 0) + np.asarray(x, np.float64)
+            sums[name] = sums.get(name, 0) + np.asarray(whole(x), np.float64)
     if not sums:
         raise ValueError("there are no batches to take gradients of; give some")
     return sums if axis != "layers" else {stack: _by_layer(units, sums) for stack, units in stacks(model).items()}
@@ -411,7 +413,7 @@ def distances(model: nn.Model, params: Any, batches: Iterable[Any], *, angle: bo
     total: dict[str, list] = {stack: [0.0, 0.0] for stack in there}
     for batch in batches:
         for stack, new in one(params, batch).items():
-            total[stack] = [old + np.asarray(x, np.float64) for old, x in zip(total[stack], new, strict=True)]
+            total[stack] = [old + np.asarray(whole(x), np.float64) for old, x in zip(total[stack], new, strict=True)]
     if not all(count > 0 for _, count in total.values()):
         raise ValueError("there are no batches with a real token to tell layers apart by; give some")
     return {stack: apart / count for stack, (apart, count) in total.items()}
@@ -455,6 +457,7 @@ def _module(name: str) -> str:
 
 
 def _read(axis: str) -> str:
+    """The axis that a matrix sums over where this one ends."""
     return "mlp" if axis == "mlp" else "heads"
 
 

@@ -120,7 +120,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(tmp_path):
 
 
 def test_gradients_are_those_of_the_paper():
-    """Of w through what is kept; of S as if it were the mask: dL/dW' w, equation 3."""
+    """Of w through what is kept; of S as if it were the mask: dL/dW' w (section 4)."""
     params = fresh(METHODS["movement"])
     masks = {name: jax.random.bernoulli(jax.random.fold_in(KEY, i), 0.5, SHAPES[name]) for i, name in enumerate(("up", "down"))}
     params |= {name: weights.Moving(params[name].w, mask, params[name].step, params[name].scores) for name, mask in masks.items()}

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import DECODER, PAIR, T5, TOWERS, VISION, VOCAB, inputs, load_tensors
+from families import DECODER, PAIR, T5, TOWERS, VISION, VOCAB, drawn, inputs, load_tensors
 
 import bigflax
 from bigflax import Mean, data, models, trees, weights
 from bigflax.compress import structure
 
-KEY = jax.random.key(0)
 ENCODER = {name: n for name, n in DECODER.items() if name != "num_key_value_heads"}
 # family -> fields of its config; gemma2's layers alternate
 CASES = {
@@ -48,10 +47,9 @@ each_heads = pytest.mark.parametrize(
 
 @functools.cache
 def made(family, **more):
-    """A model and weights none of which is nothing."""
+    """A model and weights none of which is nothing, drawn by their names."""
     model = models.create(family, size=CASES[family], **more)
-    stir = lambda name, w: w + 0.2 * jax.random.normal(jax.random.fold_in(KEY, len(name)), w.shape)
-    return model, jax.jit(lambda key: trees.map_named(stir, model.init(key)))(KEY)
+    return model, trees.map_named(lambda name, w: jnp.asarray(drawn(f"{name} weight", w.shape)), model.shapes())
 
 
 @functools.cache
@@ -104,7 +102,7 @@ def cut(model, params, axis, rules, scores):
     return models.resized(model, small, changes), small
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "clip"))])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "t5", "clip"))])
 def test_channels_that_are_nothing_are_cut_without_a_trace(family):
     model, params = made(family)
     params, _ = planted(model, params, "mlp", 11)
@@ -339,7 +337,7 @@ def test_distances_are_those_of_states_over_real_tokens(family):
     got = structure.distances(model, params, batches)
     out = jax.jit(functools.partial(model.apply, hidden_states=True))(params, **given(family))
     bare = model.module.clone(norm=None) if family == "llama" else None
-    last = None if bare is None else bare.apply({"params": params}, **given(family))["last_hidden_state"]
+    last = None if bare is None else jax.jit(bare.apply)({"params": params}, **given(family))["last_hidden_state"]
     for stack, apart in got.items():
         side = stack.rpartition("/")[0]
         states = [*out[f"{side}_hidden_states" if side else "hidden_states"]]
@@ -356,7 +354,16 @@ def test_alternating_layers_go_by_periods():
     model, _ = made("gemma2")
     scores = {"blocks": np.array([5, 4, 0, 0.5, 3, 3])}
     assert structure.best_layers(model, scores, [("blocks", 4)]) == [("blocks", [0, 1, 4, 5])]
-    assert {len(unit.layers) for unit in structure.stacks(model)["blocks"]} == {2}
+    assert structure.best_layers(model, {"blocks": np.array([0, 4, 1, 1, 3, 3])}, [("blocks", 4)]) == [("blocks", [0, 1, 4, 5])]
+    apart = np.ones((7, 7))
+    apart[2, 4], apart[3, 5], apart[4, 5] = 0.2, 0.1, 0.1
+    assert structure.best_run(model, {"blocks": apart}, [("blocks", 4)]) == [("blocks", [0, 1, 4, 5])]
+
+
+def test_a_stack_whose_size_followed_that_of_another_keeps_it():
+    model, params = made("t5", num_decoder_layers=None)
+    assert structure.layers(model, params, [("encoder/blocks", [0, 2])])[1] == {"num_layers": 2, "num_decoder_layers": 3}
+    assert structure.layers(model, params, [("decoder/blocks", [1])])[1] == {"num_decoder_layers": 1}
 
 
 def test_layers_of_any_weights_are_left_out():
@@ -385,6 +392,7 @@ MISTAKES = {
         mistake("llama", narrow("heads", [(".*", 3)])),
         "of which 3 cannot be kept; keep 1 to 4 in multiples of its 2 groups",
     ),
+    "no number": (mistake("llama", narrow("mlp", [(".*", "half")])), "of which 'half' cannot be kept"),
     "no scores": (mistake("llama", narrow("mlp", [(".*", 2)], {})), "no scores of blocks/mlp/down"),
     "scores of another shape": (
         mistake("llama", narrow("mlp", [(".*", 2)], {"blocks/mlp/down": np.ones((4, 43))})),
