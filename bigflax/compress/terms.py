@@ -6,10 +6,10 @@
     relations     how the vectors of a layer relate to one another, where numbers of layers and widths may differ (losses.relation_divergence)
 
 A value counts where there is a label (without labels, where the attention mask is 1), hidden states and relations where a token is real; a loader's
-padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, two float32 arrays of at most 2^24 numbers a device and
-the gradient of one, and made again in the backward pass, one more product with each table; the task's own loss head comes on top. Pieces of tokens,
-where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term. The price is a gradient
-of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
+padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, 2^24 numbers a device and model, and made again in the backward
+pass, one more product with each table; the task's own loss head comes on top. XLA keeps five float32 arrays of a piece's size for "forward" and eight for
+"js". Pieces of tokens, where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term.
+The price is a gradient of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
 
 Left out on purpose: attention maps and MiniLM's relations of queries, keys and values. Fused attention never holds the first, and no module returns the
 others; relations of hidden states are a weaker thing.
