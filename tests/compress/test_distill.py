@@ -210,6 +210,32 @@ def test_layers_meet_through_a_matrix():
     assert terms.evenly(2, 6) == [0, 3, 6] and terms.evenly(3, 4) == [0, 1, 3, 4]
 
 
+MASKED = {  # states, inputs and labels -> what counts of [3, 4] values, of which the last row fills up the batch
+    "hidden_states": (dict(attention_mask=[[1, 1, 0, 0], [1, 1, 1, 1], [0] * 4]), [1, 0, -100], [[1, 1, 0, 0], [1] * 4, [0] * 4]),
+    "hidden_states, packed": (
+        dict(segment_ids=[[1, 2, 0, 0], [1] * 4, [1] * 4]),
+        [[3] * 4, [-100, 1, 1, 1], [-100] * 4],
+        [[1, 1, 0, 0], [1] * 4, [0] * 4],
+    ),
+    "decoder_hidden_states": (
+        dict(attention_mask=[[1] * 4] * 3),
+        [[5, 5, -100, -100], [5] * 4, [-100] * 4],
+        [[1, 1, 0, 0], [1] * 4, [0] * 4],
+    ),
+    "vision_hidden_states": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1] * 4, [1] * 4, [0] * 4]),
+    "text_hidden_states": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1, 0, 0, 0], [1] * 4, [0] * 4]),
+    ", labels": (dict(attention_mask=[[1] * 4] * 3), [[5, -100, 5, 5], [5] * 4, [-100] * 4], [[1, 0, 1, 1], [1] * 4, [0] * 4]),
+    ", pixels": ({}, [1, 0, -100], [[1] * 4, [1] * 4, [0] * 4]),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_which_states_count(name):
+    inputs, labels, want = MASKED[name]
+    both = terms.Both({k: np.array(x) for k, x in inputs.items()}, {}, {}, {}, None if labels is None else np.array(labels))
+    assert terms._real(both, jnp.zeros((3, 4)), name.partition(",")[0] or None).astype(int).tolist() == want
+
+
 def test_sentences_are_near_others_not_themselves():
     """The divergence of whom each real row is near, itself apart, over rows and columns of products times 20."""
     _, params, *_, batch = make("sentences")

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from bigflax import data, losses, make_mesh, nn, sharding, tasks, train
+from bigflax import data, losses, make_mesh, models, nn, sharding, tasks, train
 from bigflax.compress import distill, teachers
+from bigflax.generate import generate as decode
 
 V, T, K = 11, 4, 3
 
@@ -151,6 +152,20 @@ def test_a_text_and_what_is_said_after_it():
         "labels": [[-100, 7, 8, 9], [-100, 7, 2, -100], [-100] * 4],
     }
     assert {name: x.tolist() for name, x in batch.items()} == want and {x.dtype for x in batch.values()} == {jnp.dtype("int32")}
+
+
+@pytest.mark.slow
+def test_what_a_model_wrote_it_would_write_again():
+    """Of bigflax.generate and learned positions: in one pass over prompts padded on the left, the likeliest token at each place with a label is it."""
+    model = models.create("gpt2", size="tiny", vocab_size=32)
+    params = jax.tree.map(lambda w: 4 * w, jax.jit(model.init)(jax.random.key(0)))
+    write = lambda params, ids, mask, rng: decode(model, params, ids, attention_mask=mask, max_new_tokens=6, temperature=0)
+    prompts = {name: x[:2] for name, x in PROMPTS.items()}
+    batch = teachers.sampled(write)(params, prompts, jax.random.key(0))
+    labels = batch.pop("labels")
+    said = jnp.argmax(jax.jit(lambda p: model.apply(p, **batch)["logits"])(params), -1)
+    np.testing.assert_array_equal(said[labels != -100], labels[labels != -100])
+    assert int((labels != -100).sum()) == 12 and len(set(said[labels != -100].tolist())) > 2
 
 
 def test_the_student_is_taught_on_its_own_texts():
