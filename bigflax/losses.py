@@ -177,9 +177,9 @@ def _divergence(log_p: jax.Array, log_q: jax.Array, kind: str, skew: float, beta
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """sum p (log p - log q); where p is 0 so is the term, also for logits of -inf."""
+    """sum p (log p - log q); where p is 0 so is the term, also for logits of -inf; what is no number stays none."""
     p = jnp.exp(log_p)
-    return jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0) - jnp.where(p > 0, log_q, 0)), 0).sum(-1)
+    return jnp.where(p == 0, 0, p * (jnp.where(p == 0, 0, log_p) - jnp.where(p == 0, 0, log_q))).sum(-1)
 
 
 def _mix(log_p: jax.Array, log_q: jax.Array, share: float) -> jax.Array:

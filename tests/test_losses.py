@@ -296,6 +296,14 @@ def test_divergence_of_a_teacher_that_rules_words_out():
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_a_teacher_without_numbers_is_seen(kind):
+    """A step that is not finite changes nothing and is counted; a loss of 0 would say that all is well."""
+    student, teacher = arrays((LOGITS[0, 0], OTHER[0, 0]))
+    assert np.isnan(losses.kl_divergence(student, teacher.at[0].set(jnp.nan), kind=kind))
+    assert np.isnan(losses.kl_divergence(teacher.at[0].set(jnp.nan), student, kind=kind))
+
+
 def test_js_is_symmetric_and_bounded():
     student, teacher = arrays((LOGITS, OTHER))
     js = lambda a, b: losses.kl_divergence(a, b, kind="js")

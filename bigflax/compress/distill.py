@@ -13,7 +13,8 @@ of it, and neither do tasks; an attack goes around it, `adversarial.pgd(distill(
 
 A teacher is a Model (quantized weights stand in its tree as in any other, an `ensemble` is a Model too), any function `(params, **inputs)` ->
 outputs, or None: then its outputs come with the batch under "teacher_" and their name (teachers.py writes them down once). With `ema` it is the student
-itself, as an average of its weights has it: Mean Teacher, Tarvainen and Valpola 2017 (1703.01780).
+itself, as an average of its weights has it: Mean Teacher, Tarvainen and Valpola 2017 (1703.01780). That average is among the frozen weights; the one that
+`optim.make(ema=...)` keeps is in the optimizer's state, which no loss sees (`state.averaged` is what a next generation learns from).
 
 Each term is a mean over what it counts, and so is the task; where those differ (real tokens, and tokens with a label), each micro-batch is weighed by
 the task's count.
@@ -98,6 +99,8 @@ def distill(
         raise ValueError(f"weight {weight} is to be from 0 to 1, and ema {ema} from 0 to below 1 (or None)")
     if ema is not None:
         teacher = student
+    if task is not None:
+        task(student)  # what is wrong with its options is said now
     terms = [*([(weight, soft_labels(**soft))] if weight else []), *also]
     if not terms:
         raise ValueError("nothing is learned from the teacher: weight is 0, and also names no term")

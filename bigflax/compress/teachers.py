@@ -6,7 +6,7 @@
 
     say = sampled(lambda params, ids, mask, rng: generate(model, params, ids, attention_mask=mask, rng=rng, max_new_tokens=64), eos_id=2)
     source = remember("texts", prompts, lambda batch: say(teacher_params, batch, key), ...)    sequence-level: Kim and Rush 2016 (arXiv 1606.07947)
-    for batch in prompts: state, metrics = step(state, say(state.weights, batch, key))         on-policy: Agarwal et al. 2023 (GKD, 2306.13649)
+    state, metrics = step(state, say(untaught(state.weights), prompts, key))                   on-policy: Agarwal et al. 2023 (GKD, 2306.13649)
 
 Kept are log p of the k likeliest at the temperature that it is learned with, and of all others together, float16 (losses.top_k_divergence has the
 formula): for k 32 and 50,000 classes 194 bytes a token instead of 100,000. The cache is a data set: it holds what the batches hold too, one record a

