@@ -119,7 +119,7 @@ def graded(name):
     return compiled(name)()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("hidden")])
+@pytest.mark.parametrize("name", ["classes", "many labels", "answers", "words, in pieces", "pairs", "sentences", "relations"])
 def test_nothing_to_learn_from_oneself(name):
     loss_fn, params, *_, batch = make(name, same=True)
     loss, metrics, _ = jax.jit(loss_fn)(params, batch)
@@ -250,15 +250,14 @@ def test_sentences_are_near_others_not_themselves():
     assert float(graded("sentences")[1]["distillation"].value) == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_pieces_are_the_whole(chunk):
-    """Loss and gradient, whether the piece divides the time or not."""
+def test_pieces_are_the_whole():
+    """Loss and gradient, where pieces of three of five tokens do not divide them."""
     student, teacher, task, batch, _ = CASES["words"]
     params = distill.taught(student.init(jax.random.key(0)), None, teacher.init(jax.random.key(1))).params
     graded = lambda **more: jax.jit(
         jax.value_and_grad(lambda p: distill.distill(task, student, teacher, **more)(p, arrays(batch))[0].total)
     )
-    one, two = graded()(params), graded(chunk=chunk)(params)
+    one, two = graded()(params), graded(chunk=3)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)  # float32, sums in another order
 
 
