@@ -85,6 +85,7 @@ CASES = {  # student, teacher, task, batch, options of distill
     "sentences": (SENTENCES(), SENTENCES(6), tasks.sentence_embedding, PAIRED, {}),
     "hidden": (WORDS(), WORDS(), tasks.token_loss, LM, dict(also=[STATES], weight=0.3)),
     "hidden of another width": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[STATES], weight=0)),
+    "hidden, all layers, by angle": (WORDS(), WORDS(), tasks.token_loss, LM, dict(also=[(1.0, terms.hidden(kind="cosine"))], weight=0)),
     "relations": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[(1.0, terms.relations(heads=2))], weight=0)),
 }
 each = pytest.mark.parametrize("name", CASES)
@@ -207,6 +208,11 @@ def test_layers_meet_through_a_matrix():
     loss, metrics, _ = graded("hidden of another width")
     assert float(metrics["hidden"].value) == pytest.approx(want, rel=1e-5)
     assert float(loss.value) == pytest.approx(float(metrics["task_loss"].value) + want, rel=1e-5)
+    student, teacher, *_ = CASES["hidden, all layers, by angle"]
+    s, t = (states(model, model.init(jax.random.key(i))) for i, model in enumerate((student, teacher)))
+    angle = lambda x, y: 1 - (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    want = np.mean([angle(*(np.asarray(x, float) for x in pair))[real].mean() for pair in zip(s, t, strict=True)])
+    assert float(graded("hidden, all layers, by angle")[1]["hidden"].value) == pytest.approx(want, rel=1e-4)
     assert terms.evenly(2, 6) == [0, 3, 6] and terms.evenly(3, 4) == [0, 1, 3, 4]
 
 
@@ -481,6 +487,7 @@ MISTAKES = {
     "widths": (call("hidden of another width"), r"layer 1 of the student is \(8, 5, 4\) .* their widths meet by taught\(project"),
     "a layer": (call("words", also=[(1.0, terms.hidden({1: 7}))]), "no layers 1: 7: the student's are 0 to 2, the teacher's 0 to 2"),
     "no states": (call("words", also=[(1.0, terms.hidden(of="hiden_states"))]), "gives no 'hiden_states'; its states are 'hidden_states'"),
+    "a kind": (lambda: terms.hidden(kind="cos"), "hidden states have no kind 'cos'; there are 'mse' and 'cosine'"),
     "a name": (lambda: distill.taught({"teacher": 1}, None), "these have 'teacher' already"),
     "no dict": (lambda: distill.taught((1, 2), None), "these are a tuple, no dict of weights"),
     "no key": (lambda: distill.taught({}, None, project={"hidden_states": (2, 3)}), "projections of hidden_states are drawn: give rng"),
