@@ -390,14 +390,15 @@ def test_outputs_that_come_with_the_batch_teach_as_their_teacher_does():
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 SMALL = dict(size="tiny", vocab_size=32)
-FAMILIES = {  # student, teacher, task, options: heads, layers and widths differ, and so may the family
+FAMILIES = {  # student, teacher, task, options, mesh: heads, layers and widths differ, and so may the family; two pipelines in one step
     "bert from roberta": (
         ("bert", dict(num_hidden_layers=1, head="sequence_classification", num_labels=C)),
         ("roberta", dict(head="sequence_classification", num_labels=C)),
         tasks.classification,
         dict(also=[(1.0, terms.hidden(project="hidden")), (1.0, terms.relations(heads=2))]),
+        dict(fsdp=4, tensor=2),
     ),
-    "gpt2 from llama": (("gpt2", {}), ("llama", {}), tasks.token_loss, dict(chunk=4, divergence="js")),
+    "gpt2 from llama": (("gpt2", {}), ("llama", {}), tasks.token_loss, dict(chunk=4, divergence="js"), dict(stage=2, fsdp=4)),
 }
 
 
@@ -405,7 +406,7 @@ FAMILIES = {  # student, teacher, task, options: heads, layers and widths differ
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_know_of_nothing(name):
     """A step over eight devices, its teacher in int8: within rounding what the same weights as floats teach."""
-    (family, own), (other, more), task, options = FAMILIES[name]
+    (family, own), (other, more), task, options, sizes = FAMILIES[name]
     student, teacher = models.create(family, **SMALL, **own), models.create(other, **SMALL, **more)
     params, guide = (jax.jit(model.init)(jax.random.key(i)) for i, model in enumerate((student, teacher)))
     rules = [("blocks/.*/(q|k|v|out|up|down|gate)", "int8")]
@@ -418,7 +419,7 @@ def test_families_know_of_nothing(name):
     whole = jax.tree.map(weights.dense, small, is_leaf=weights.is_typed)
     loss_fn, rng = distill.distill(task, student, teacher, **options), jax.random.key(2)
     both, dense = (distill.taught(params, student.axes, w, teacher.axes, project=project, rng=rng) for w in (small, whole))
-    mesh = make_mesh(fsdp=4, tensor=2)
+    mesh = make_mesh(**sizes)
     state = train.init_state(both.params, optax.sgd(0.1), mesh=mesh, axes=both.axes, freeze=both.freeze)
     state, metrics = train.train_step(lambda p, batch, rng: loss_fn(p, batch), optax.sgd(0.1), state)(
         state, jax.device_put(batch, sharding.batch_sharding(mesh))
