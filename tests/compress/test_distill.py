@@ -85,6 +85,7 @@ CASES = {  # student, teacher, task, batch, options of distill
     "sentences": (SENTENCES(), SENTENCES(6), tasks.sentence_embedding, PAIRED, {}),
     "hidden": (WORDS(), WORDS(), tasks.token_loss, LM, dict(also=[STATES], weight=0.3)),
     "hidden of another width": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[STATES], weight=0)),
+    "hidden, all layers, by angle": (WORDS(), WORDS(), tasks.token_loss, LM, dict(also=[(1.0, terms.hidden(kind="cosine"))], weight=0)),
     "relations": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[(1.0, terms.relations(heads=2))], weight=0)),
 }
 each = pytest.mark.parametrize("name", CASES)
@@ -119,7 +120,7 @@ def graded(name):
     return compiled(name)()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("hidden")])
+@pytest.mark.parametrize("name", ["classes", "many labels", "answers", "words, in pieces", "pairs", "sentences", "relations"])
 def test_nothing_to_learn_from_oneself(name):
     loss_fn, params, *_, batch = make(name, same=True)
     loss, metrics, _ = jax.jit(loss_fn)(params, batch)
@@ -207,6 +208,11 @@ def test_layers_meet_through_a_matrix():
     loss, metrics, _ = graded("hidden of another width")
     assert float(metrics["hidden"].value) == pytest.approx(want, rel=1e-5)
     assert float(loss.value) == pytest.approx(float(metrics["task_loss"].value) + want, rel=1e-5)
+    student, teacher, *_ = CASES["hidden, all layers, by angle"]
+    s, t = (states(model, model.init(jax.random.key(i))) for i, model in enumerate((student, teacher)))
+    angle = lambda x, y: 1 - (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    want = np.mean([angle(*(np.asarray(x, float) for x in pair))[real].mean() for pair in zip(s, t, strict=True)])
+    assert float(graded("hidden, all layers, by angle")[1]["hidden"].value) == pytest.approx(want, rel=1e-4)
     assert terms.evenly(2, 6) == [0, 3, 6] and terms.evenly(3, 4) == [0, 1, 3, 4]
 
 
@@ -250,15 +256,14 @@ def test_sentences_are_near_others_not_themselves():
     assert float(graded("sentences")[1]["distillation"].value) == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_pieces_are_the_whole(chunk):
-    """Loss and gradient, whether the piece divides the time or not."""
+def test_pieces_are_the_whole():
+    """Loss and gradient, where pieces of three of five tokens do not divide them."""
     student, teacher, task, batch, _ = CASES["words"]
     params = distill.taught(student.init(jax.random.key(0)), None, teacher.init(jax.random.key(1))).params
     graded = lambda **more: jax.jit(
         jax.value_and_grad(lambda p: distill.distill(task, student, teacher, **more)(p, arrays(batch))[0].total)
     )
-    one, two = graded()(params), graded(chunk=chunk)(params)
+    one, two = graded()(params), graded(chunk=3)(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, two)  # float32, sums in another order
 
 
@@ -385,14 +390,15 @@ def test_outputs_that_come_with_the_batch_teach_as_their_teacher_does():
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 SMALL = dict(size="tiny", vocab_size=32)
-FAMILIES = {  # student, teacher, task, options: heads, layers and widths differ, and so may the family
+FAMILIES = {  # student, teacher, task, options, mesh: heads, layers and widths differ, and so may the family; two pipelines in one step
     "bert from roberta": (
         ("bert", dict(num_hidden_layers=1, head="sequence_classification", num_labels=C)),
         ("roberta", dict(head="sequence_classification", num_labels=C)),
         tasks.classification,
         dict(also=[(1.0, terms.hidden(project="hidden")), (1.0, terms.relations(heads=2))]),
+        dict(fsdp=4, tensor=2),
     ),
-    "gpt2 from llama": (("gpt2", {}), ("llama", {}), tasks.token_loss, dict(chunk=4, divergence="js")),
+    "gpt2 from llama": (("gpt2", {}), ("llama", {}), tasks.token_loss, dict(chunk=4, divergence="js"), dict(stage=2, fsdp=4)),
 }
 
 
@@ -400,7 +406,7 @@ FAMILIES = {  # student, teacher, task, options: heads, layers and widths differ
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_know_of_nothing(name):
     """A step over eight devices, its teacher in int8: within rounding what the same weights as floats teach."""
-    (family, own), (other, more), task, options = FAMILIES[name]
+    (family, own), (other, more), task, options, sizes = FAMILIES[name]
     student, teacher = models.create(family, **SMALL, **own), models.create(other, **SMALL, **more)
     params, guide = (jax.jit(model.init)(jax.random.key(i)) for i, model in enumerate((student, teacher)))
     rules = [("blocks/.*/(q|k|v|out|up|down|gate)", "int8")]
@@ -413,7 +419,7 @@ def test_families_know_of_nothing(name):
     whole = jax.tree.map(weights.dense, small, is_leaf=weights.is_typed)
     loss_fn, rng = distill.distill(task, student, teacher, **options), jax.random.key(2)
     both, dense = (distill.taught(params, student.axes, w, teacher.axes, project=project, rng=rng) for w in (small, whole))
-    mesh = make_mesh(fsdp=4, tensor=2)
+    mesh = make_mesh(**sizes)
     state = train.init_state(both.params, optax.sgd(0.1), mesh=mesh, axes=both.axes, freeze=both.freeze)
     state, metrics = train.train_step(lambda p, batch, rng: loss_fn(p, batch), optax.sgd(0.1), state)(
         state, jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -482,6 +488,7 @@ MISTAKES = {
     "widths": (call("hidden of another width"), r"layer 1 of the student is \(8, 5, 4\) .* their widths meet by taught\(project"),
     "a layer": (call("words", also=[(1.0, terms.hidden({1: 7}))]), "no layers 1: 7: the student's are 0 to 2, the teacher's 0 to 2"),
     "no states": (call("words", also=[(1.0, terms.hidden(of="hiden_states"))]), "gives no 'hiden_states'; its states are 'hidden_states'"),
+    "a kind": (lambda: terms.hidden(kind="cos"), "hidden states have no kind 'cos'; there are 'mse' and 'cosine'"),
     "a name": (lambda: distill.taught({"teacher": 1}, None), "these have 'teacher' already"),
     "no dict": (lambda: distill.taught((1, 2), None), "these are a tuple, no dict of weights"),
     "no key": (lambda: distill.taught({}, None, project={"hidden_states": (2, 3)}), "projections of hidden_states are drawn: give rng"),
