@@ -12,7 +12,8 @@
     recover      trains what can train, with the model at the start as a teacher                      steps, lr, weight, temperature, and of optim.make
     pack         zeros and their places leave the memory (compress.packed)
 
-`rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers. In `run.work` each step
+`rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers, and `tables` for those of
+words, which nothing goes into: by the plainest method. In `run.work` each step
 leaves compress/1-prune ..., a folder that `bigflax.load` reads, and the whole chain report.json, report.txt, quality.png and error.png.
 
 A step that makes the run's watched metric worse by more than `max_loss`, a share of what it was, ends the chain, and the step before it is what is kept; one
@@ -21,7 +22,6 @@ that `recover` follows is judged after that.
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -70,14 +70,26 @@ def matrices(model: nn.Model, to: Any) -> trees.Rules:
     return found
 
 
-def _by(verb: Callable[..., Any]) -> Callable[..., Link]:
-    def step(link: Link, *, to: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
+def tables_of(model: nn.Model, to: Any) -> trees.Rules:
+    """Rules that say `to` of every table of words: of all whose rows are a vocabulary's."""
+    texts = [(name, parse_axes(text)) for name, text in trees.named_leaves(model.axes)]
+    return [(re.escape(name), to) for name, ax in texts if ax.outputs_first and ax.first == ("vocab",)]
+
+
+def _by(verb: Callable[..., Any], plain: str) -> Callable[..., Link]:
+    """A step of a verb, whose method for tables is `plain`."""
+
+    def step(link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
         if (to is None) == (rules is None):
             raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two")
+        link = (
+            link
+            if tables is None
+            else dataclasses.replace(link, params=verb(link.model, link.params, tables_of(link.model, tables), method=plain))
+        )
         said = matrices(link.model, to) if rules is None else rules
         return dataclasses.replace(link, params=verb(link.model, link.params, said, forward=link.forward, batches=link.batches, **options))
 
-    step.options = [name for name in inspect.signature(verb).parameters if name not in ("model", "params", "forward", "batches")]  # type: ignore[attr-defined]
     return step
 
 
@@ -147,8 +159,8 @@ def pack(link: Link) -> Link:
 
 
 STEPS: Mapping[str, Callable[..., Link]] = {
-    "quantize": _by(small.quantize), "prune": _by(small.prune), "factorize": _by(small.factorize), "layers": layers, "narrow": narrow,
-    "recover": recover, "pack": pack,
+    "quantize": _by(small.quantize, "rtn"), "prune": _by(small.prune, "magnitude"), "factorize": _by(small.factorize, "svd"),
+    "layers": layers, "narrow": narrow, "recover": recover, "pack": pack,
 }  # fmt: skip
 
 

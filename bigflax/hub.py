@@ -259,6 +259,9 @@ def _config(model: Model, dtype: Any, names: Sequence[str] = (), *, own: bool = 
     for ours in getattr(home, "OURS", ()):
         if not own and fields.pop(ours, None):
             raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")
+    for derived in getattr(home, "DERIVED", ()):  # transformers derives it where it is left out, and takes null for no
+        if fields.get(derived, 0) is None:
+            del fields[derived]
     said = read_config(model.source) if model.source else {}
     if "rope_parameters" in said:  # as it was, if what was loaded still holds
         fields = {k: v for k, v in fields.items() if not k.startswith("rope_") and k != "partial_rotary_factor"}

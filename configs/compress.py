@@ -13,22 +13,22 @@ from bigflax import recipes
 
 INT4 = "int4:32"
 CHAINS = {
-    "int8": [dict(do="quantize", to="int8")],
-    "int8-w8a8": [dict(do="quantize", to="int8", method="smoothquant")],
-    "int4": [dict(do="quantize", to=INT4)],
-    "int4-gptq": [dict(do="quantize", to=INT4, method="gptq")],
-    "int4-awq": [dict(do="quantize", to=INT4, method="awq")],
-    "nf4": [dict(do="quantize", to="nf4:32", method="gptq")],
+    "int8": [dict(do="quantize", to="int8", tables="int8")],
+    "int8-w8a8": [dict(do="quantize", to="int8", tables="int8", method="smoothquant")],
+    "int4": [dict(do="quantize", to=INT4, tables="int8")],
+    "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq")],
+    "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq")],
+    "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq")],
     "half": [dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=200), dict(do="pack")],
     "2:4-int8": [
         dict(do="prune", to="2:4", method="sparsegpt"),
         dict(do="recover", steps=200),
         dict(do="pack"),
-        dict(do="quantize", to="int8"),
+        dict(do="quantize", to="int8", tables="int8"),
     ],
     "half-depth": [dict(do="layers", keep=0.5), dict(do="recover", steps=500)],
-    "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8")],
-    "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8")],
+    "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8", tables="int8")],
+    "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8", tables="int8")],
 }
 
 

@@ -33,6 +33,8 @@ SIZES = {
     "v1.1-xxl": XXL | _1_1,
 }
 
+DERIVED = ("scale_decoder_outputs",)
+
 
 def build(
     *,
