@@ -30,6 +30,7 @@ from bigflax.hosts import StopSignal
 from bigflax.metrics import Meter
 from bigflax.scores import scored
 from bigflax.stored import open_path
+from bigflax.weights import is_typed, named_weights
 from bigflax.writers import open_writers
 
 Config = Any  # a resolved ConfigDict, whose attributes no type checker knows
@@ -270,6 +271,10 @@ class Run:
         c, begin, freeze = self.config.model, self.base.init, ()
         if c.source is not None:
             begin = hub.load(c.source, mesh=self.mesh, table=self.table, **{**_options(c, "name", "size", "source"), **self.fields})[1]
+            if typed := next((name for name, w in named_weights(begin) if is_typed(w)), None):
+                raise ValueError(
+                    f"{c.source!r} holds typed weights ({typed}), which a recipe does not begin with: `bigflax convert` writes arrays of them, peft.base rounds"
+                )
         if self.tuned is not None:
             make, freeze = begin, self.tuned.freeze
             begin = (lambda key: self.adapt(make(key)).params) if callable(make) else self.adapt(make).params

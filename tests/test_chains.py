@@ -9,7 +9,7 @@ import pytest
 import running
 
 import bigflax
-from bigflax import chains, exports, recipes, runs, trees, weights
+from bigflax import chains, compress, exports, recipes, runs, trees, weights
 from bigflax.compress.report import Report
 from bigflax.main import main
 
@@ -145,6 +145,18 @@ def test_mistakes_are_named_before_any_step_has_worked(trained, chain, message):
     with pytest.raises(ValueError, match=message):
         chains.compress(run, params, chain=chain, name="mistakes", **QUIET)
     assert not os.path.exists(os.path.join(run.work, "compress", "mistakes"))
+
+
+@pytest.mark.slow
+def test_a_folder_of_typed_weights_is_no_beginning_of_a_recipe(trained, tmp_path, capsys):
+    recipe, run, params = trained
+    small = compress.quantize(run.model, params, [("blocks/mlp/up", "int8")])
+    bigflax.save(run.model, small, str(tmp_path / "small"), tokenizer=run.tokenizer)
+    lines = recipe.read_text().replace('name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32, ', "")
+    (tmp_path / "recipe.py").write_text(lines)
+    told = [f"--config.model.source={tmp_path / 'small'}", f"--config.work={tmp_path / 'work'}", "--cache="]
+    assert main(["train", f"--config={tmp_path / 'recipe.py'}", *told]) == 2
+    assert "holds typed weights (blocks/mlp/up), which a recipe does not begin with" in capsys.readouterr().err
 
 
 def test_every_chain_of_the_recipe_is_one():
