@@ -60,6 +60,7 @@ def _multiplies(name, text):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_by_layer_sees_what_the_whole_model_does(name):
     forward, params, batches, axes, names = case(name)
@@ -118,6 +119,7 @@ def test_a_layer_is_fitted_to_what_the_changed_layers_before_it_give():
     assert float(jnp.abs(before.hessian[1:] - want.hessian[1:]).max()) > 0.05 * float(before.hessian.max())
 
 
+@pytest.mark.slow
 def test_observing_costs_no_mesh_its_layout():
     """Sharded over 8 devices the statistics are those of one."""
     forward, params, batches, axes, names = case("a decoder")
