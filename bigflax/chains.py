@@ -22,18 +22,19 @@ that `recover` follows is judged after that.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from bigflax import compress as small
 from bigflax import hub, models, nn, optim, sharding, train, trees
-from bigflax.compress import distill, structure
+from bigflax.compress import distill, factoring, pruning, quantizing, structure
 from bigflax.compress.report import Report, Row, divergence, measure
 from bigflax.weights import parse_axes
 
@@ -76,33 +77,37 @@ def tables_of(model: nn.Model, to: Any) -> trees.Rules:
     return [(re.escape(name), to) for name, ax in texts if ax.outputs_first and ax.first == ("vocab",)]
 
 
-def _by(verb: Callable[..., Any], plain: str) -> Callable[..., Link]:
-    """A step of a verb, whose method for tables is `plain`."""
+class Verb(NamedTuple):
+    """A function of bigflax.compress, its methods, how a value of its rules is read, and the method for tables."""
 
-    def step(link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
+    call: Callable[..., Any]
+    methods: Mapping[str, small.Method]
+    read: Callable[[Any], Any]
+    plain: str
+
+    def __call__(self, link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
+        params = link.params
+        if tables is not None:
+            params = self.call(link.model, params, tables_of(link.model, tables), method=self.plain)
+        said = matrices(link.model, to) if rules is None else rules
+        return dataclasses.replace(link, params=self.call(link.model, params, said, forward=link.forward, batches=link.batches, **options))
+
+    def check(
+        self, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, method: str | None = None, **options: Any
+    ) -> None:
+        """Raises ValueError for what can be told without a model to be wrong."""
         if (to is None) == (rules is None):
             raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two")
-        link = (
-            link
-            if tables is None
-            else dataclasses.replace(link, params=verb(link.model, link.params, tables_of(link.model, tables), method=plain))
-        )
-        said = matrices(link.model, to) if rules is None else rules
-        return dataclasses.replace(link, params=verb(link.model, link.params, said, forward=link.forward, batches=link.batches, **options))
-
-    return step
+        for value in [to, tables, *(value for _, value in trees.checked(rules or ()))]:
+            if value is not None:
+                self.read(value)
+        if method is not None:
+            small.method_of(self.methods, method, {name: value for name, value in options.items() if name != "rows"})
 
 
 def recover(
-    link: Link,
-    *,
-    steps: int,
-    lr: float = 1e-4,
-    weight: float = 0.5,
-    temperature: float = 2.0,
-    say: Callable[[str], None] = print,
-    **optimizer: Any,
-) -> Link:
+    link: Link, *, steps: int, lr: float = 1e-4, weight: float = 0.5, temperature: float = 2.0, say: Callable[[str], None] = print, **optimizer: Any
+) -> Link:  # fmt: skip
     """Trains so many steps of the run's own batches by the run's own task, and `weight` of it by what the model at the start says of them: 0 is no teacher."""
     run, (teacher, told) = link.run, link.start
     task = lambda model: run.loss_of(model, attack=None)
@@ -159,7 +164,9 @@ def pack(link: Link) -> Link:
 
 
 STEPS: Mapping[str, Callable[..., Link]] = {
-    "quantize": _by(small.quantize, "rtn"), "prune": _by(small.prune, "magnitude"), "factorize": _by(small.factorize, "svd"),
+    "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn"),
+    "prune": Verb(small.prune, small.PRUNE, pruning.read_pattern, "magnitude"),
+    "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd"),
     "layers": layers, "narrow": narrow, "recover": recover, "pack": pack,
 }  # fmt: skip
 
@@ -176,6 +183,22 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
         if what in ("prune", "factorize", "narrow") and codes:
             raise ValueError(f"{what} behind quantize has only codes to work on; put it before")
         codes |= what == "quantize"
+        step, options = STEPS[what], {name: value for name, value in said.items() if name != "do"}
+        if isinstance(step, Verb):
+            step.check(**options)
+        elif wrong := _wrong(step, options):
+            raise ValueError(f"{what} {wrong}")
+
+
+def _wrong(step: Callable[..., Link], options: Mapping[str, Any]) -> str:
+    """What a step lacks, or takes nothing of; "" where all is well."""
+    takes = {name: p for name, p in inspect.signature(step).parameters.items() if name not in ("link", "say")}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    unknown = [] if open_ended else [name for name in options if name not in takes]
+    lacks = [name for name, p in takes.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY and name not in options]
+    if unknown:
+        return f"takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], takes, 'its options are')}"
+    return f"needs {lacks[0]!r}" if lacks else ""
 
 
 def read_loss(text: str) -> float:

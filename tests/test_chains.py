@@ -133,6 +133,9 @@ MISTAKES = {
     "no such format": ([dict(do="quantize", to="int9")], "no format"),
     "no such method": ([dict(do="prune", to="50%", method="wandb")], "'wanda'"),
     "no such option": ([dict(do="quantize", to="int8", method="rtn", damping=1)], "rtn takes no 'damping'"),
+    "no such format later": ([dict(do="prune", to="50%", method="magnitude"), dict(do="quantize", to="int9")], "no format"),
+    "a step without what it needs": ([dict(do="recover")], "recover needs 'steps'"),
+    "a step with what it has no use for": ([dict(do="pack", to="int8")], "pack takes no 'to'"),
     "a group that does not divide": ([dict(do="quantize", to="int4:24")], "a group of 24 does not divide 32 inputs; nearest is 8"),
     "a norm": ([dict(do="quantize", rules=[("norm/scale", "int8")])], "norm/scale, which has no inputs"),
 }

@@ -25,7 +25,7 @@ from bigflax.compress.pruning import packed
 from bigflax.weights import LowRank, Masked, Sparse, Weight, dense, is_typed, named_weights, parse_axes, shape, write_axes
 
 __all__ = [
-    "FACTORIZE", "PRUNE", "QUANTIZE", "Method", "Seen", "factorize", "layer_by_layer", "observe", "packed", "prune", "quantize",
+    "FACTORIZE", "PRUNE", "QUANTIZE", "Method", "Seen", "factorize", "layer_by_layer", "method_of", "observe", "packed", "prune", "quantize",
 ]  # fmt: skip
 
 Forward = Callable[[Any, Any], Any]
@@ -106,12 +106,7 @@ def matrixwise(
     method: str, forward: Forward | None, batches: Iterable[Any] | None, rows: int, options: Mapping[str, Any],
 ) -> Any:  # fmt: skip
     """A method of a table over each matrix that the rules match, layer by layer where it looks at what goes into them."""
-    if method not in methods:
-        raise ValueError(f"unknown method {method!r}; {trees.did_you_mean(method, methods, 'there are')}")
-    make, wants = methods[method]
-    taken = [name for name in inspect.signature(make).parameters if name not in ("seen", "axes")][2:]
-    if unknown := sorted(options.keys() - {*taken}):
-        raise ValueError(f"{method} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'its options are')}")
+    make, wants = method_of(methods, method, options)
     if wants and (forward is None or batches is None):
         raise ValueError(f"{method} looks at what goes into the matrices: give forward and batches, or take a method that needs none")
     texts, leaves = dict(trees.named_leaves(model.axes)), dict(named_weights(params))
@@ -134,6 +129,16 @@ def matrixwise(
         return stacked(layers) if "layers" in parse_axes(texts[name]).stack else layers[0]
 
     return trees.map_named(lambda name, w: all_layers(name, w) if name in values else w, params, is_leaf=is_typed)
+
+
+def method_of(methods: Mapping[str, Method], name: str, options: Mapping[str, Any]) -> Method:
+    """The method of this name. Raises ValueError where there is none, or it does not take these options."""
+    if name not in methods:
+        raise ValueError(f"unknown method {name!r}; {trees.did_you_mean(name, methods, 'there are')}")
+    taken = [option for option in inspect.signature(methods[name].make).parameters if option not in ("seen", "axes")][2:]
+    if unknown := sorted(options.keys() - {*taken}):
+        raise ValueError(f"{name} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'its options are')}")
+    return methods[name]
 
 
 def inner(axes: str) -> str:
