@@ -272,15 +272,18 @@ def _orbax() -> Any:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    usual = sys.unraisablehook
+    usual, printed = sys.unraisablehook, sys.excepthook
+    # What TensorStore's threads hand to the loop of a read that has failed and ended comes to nothing, after our sentence was printed
+    late = lambda error: isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
     def hook(unraisable: Any) -> None:
-        """Where one read fails, those that are given up with it raise again as they are thrown away, after our sentence was printed."""
+        """Where one read fails, those that are given up with it raise again as they are thrown away."""
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
+        if not late(unraisable.exc_value) and (code is None or "orbax" not in code.co_filename):
             usual(unraisable)
 
     sys.unraisablehook = hook
+    sys.excepthook = lambda kind, error, trace: None if late(error) else printed(kind, error, trace)
     return ocp
 
 
