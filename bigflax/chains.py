@@ -13,8 +13,8 @@
     pack         zeros and their places leave the memory (compress.packed)
 
 `rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers, and `tables` for those of
-words, which nothing goes into: by the plainest method. In `run.work` each step
-leaves compress/1-prune ..., a folder that `bigflax.load` reads, and the whole chain report.json, report.txt, quality.png and error.png.
+words, which nothing goes into: by the plainest method. Each step leaves `run.work`/compress/NAME/1-prune ..., a folder that `bigflax.load` reads, and the
+whole chain report.json, report.txt, quality.png and error.png beside it. A step is read again where the same weights went the same way before.
 
 A step that makes the run's watched metric worse by more than `max_loss`, a share of what it was, ends the chain, and the step before it is what is kept; one
 that `recover` follows is judged after that.
@@ -36,7 +36,8 @@ from bigflax import compress as small
 from bigflax import hub, models, nn, optim, sharding, train, trees
 from bigflax.compress import distill, factoring, pruning, quantizing, structure
 from bigflax.compress.report import Report, Row, divergence, measure
-from bigflax.weights import parse_axes
+from bigflax.stored import blocks_of, own_checksums
+from bigflax.weights import is_typed, parse_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +194,9 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
 def _wrong(step: Callable[..., Link], options: Mapping[str, Any]) -> str:
     """What a step lacks, or takes nothing of; "" where all is well."""
     takes = {name: p for name, p in inspect.signature(step).parameters.items() if name not in ("link", "say")}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    unknown = [] if open_ended else [name for name in options if name not in takes]
+    if takes.pop("optimizer", None):  # what is left goes to the optimizer
+        takes |= {name: p for name, p in inspect.signature(optim.make).parameters.items() if name not in (*takes, "axes")}
+    unknown = [name for name in options if name not in takes]
     lacks = [name for name, p in takes.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY and name not in options]
     if unknown:
         return f"takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], takes, 'its options are')}"
@@ -221,9 +223,12 @@ def compress(
 ) -> Report:  # fmt: skip
     """Takes the weights through the chain of this `name` and reports; `batches` of the run's training data are what is looked at on the way.
 
-    Raises ValueError for a chain that `check` refuses, and what its steps raise, before the first of them works."""
+    Raises ValueError for a chain that `check` refuses, and for rules that match no weight, before any work; what else does not fit, such as a group to what
+    the steps before left, when its turn comes."""
     check(chain)
     chain = [dict(said) for said in chain]
+    for said in chain:
+        trees.apply_rules(said.get("rules") or () if isinstance(STEPS[said["do"]], Verb) else (), weights, is_leaf=is_typed)
     folder, metric, mode = (
         os.path.join(run.work, "compress", name),
         run.config.watch.metric,
@@ -232,6 +237,7 @@ def compress(
     with run.loader("train") as loader:
         held = [next(loader) for _ in range(batches)]
     link = Link(run, weights, held, (run.model, weights))
+    identity = own_checksums({leaf: blocks_of(jax.numpy.asarray(part)) for leaf, part in trees.named_leaves(weights)})
     rows = [_row("start", link, None)]
     if metric not in rows[0].metrics:
         raise ValueError(f"no metric {metric!r} to judge by; {trees.did_you_mean(metric, rows[0].metrics, 'the evaluation has')}")
@@ -239,7 +245,7 @@ def compress(
     good = "the start"
     for at, said in enumerate(chain, 1):
         place = os.path.join(folder, name_of(at, said))
-        link, row = _made(link, chain[:at], place, rows, turns, labels, say)
+        link, row = _made(link, {"chain": chain[:at], "batches": batches, "weights": identity}, place, turns, labels, say)
         rows.append(row)
         report = Report(tuple(rows), metric, mode)
         report.write(folder)
@@ -255,21 +261,18 @@ def compress(
     return report
 
 
-def _made(
-    link: Link, chain: list[dict[str, Any]], place: str, rows: list[Row], turns: int, labels: Sequence[str], say: Any
-) -> tuple[Link, Row]:
-    """The link behind the last step of this chain and its row, read where it was made already."""
-    record = os.path.join(place, "step.json")
+def _made(link: Link, way: dict[str, Any], place: str, turns: int, labels: Sequence[str], say: Any) -> tuple[Link, Row]:
+    """The link behind the last step of a chain and its row, read where the same `way` was gone already."""
+    record, said = os.path.join(place, "step.json"), dict(way["chain"][-1])
     with contextlib.suppress(OSError, ValueError, KeyError):
         with open(record) as file:
             found = json.load(file)
-        if found["chain"] == json.loads(json.dumps(chain)):
+        if found["way"] == json.loads(json.dumps(way)):
             model, params = hub.load(place, mesh=link.run.mesh, table=link.run.table)
             say(f"{os.path.basename(place)} is there already")
             return dataclasses.replace(link, run=link.run.of(model), params=params), Row.read(found["row"])
-    options = {name: value for name, value in chain[-1].items() if name != "do"}
-    took = {"say": say} if chain[-1]["do"] == "recover" else {}
-    link = STEPS[chain[-1]["do"]](link, **options, **took)
+    step = STEPS[said.pop("do")]
+    link = step(link, **said, **({"say": say} if step is recover else {}))
     where = sharding.shardings(link.params, link.model.axes, link.run.mesh, link.run.table)
     link = dataclasses.replace(link, params=jax.device_put(link.params, where))
     shutil.rmtree(place, ignore_errors=True)
@@ -278,7 +281,7 @@ def _made(
     disk = sum(os.path.getsize(os.path.join(place, name)) for name in os.listdir(place) if name.endswith(".safetensors"))
     row = _row(os.path.basename(place), link, disk, turns)
     with open(record, "w") as file:
-        json.dump({"chain": chain, "row": dataclasses.asdict(row)}, file, indent=1)
+        json.dump({"way": way, "row": dataclasses.asdict(row)}, file, indent=1)
     return link, row
 
 

@@ -161,28 +161,34 @@ def find(name: str) -> str:
     raise FileNotFoundError(f"there is no recipe {name!r}; {trees.did_you_mean(name, known, 'there are')}")
 
 
-def load(name: str) -> Config:
-    """The recipe `name`, a name or a path, as its file states it; "name:variant" passes the variant to its `get_config`."""
-    name, _, variant = name.partition(":")
-    path = find(name)
+def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"recipe_{os.path.basename(path)[:-3]}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str) -> Config:
+    """The recipe `name`, a name or a path, as its file states it; "name:variant" passes the variant to its `get_config`."""
+    name, _, variant = name.partition(":")
+    path = find(name)
+    module = _module(path)
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path} has no get_config(), which returns the recipe")
     return module.get_config(variant) if variant else module.get_config()
 
 
+def chain_table() -> dict[str, list[dict[str, Any]]]:
+    """The chains of configs/compress.py by their names."""
+    return _module(find("compress")).CHAINS
+
+
 def load_chain(name: str) -> list[dict[str, Any]]:
     """A chain of configs/compress.py by its name. Raises ValueError that lists them."""
-    spec = importlib.util.spec_from_file_location("recipe_chains", find("compress"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if name not in module.CHAINS:
-        raise ValueError(f"there is no chain {name!r}; {trees.did_you_mean(name, module.CHAINS, 'there are')}")
-    return module.CHAINS[name]
+    if name not in (there := chain_table()):
+        raise ValueError(f"there is no chain {name!r}; {trees.did_you_mean(name, there, 'there are')}")
+    return there[name]
 
 
 def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:

@@ -6,7 +6,15 @@
 
 In the work folder stay compress/1-... with the weights of each step, which `bigflax.load` reads, report.json, and two pictures.
 
-Measured: not yet.
+Measured: the decoder, not yet. MiniLM-L6 fine-tuned on 500 texts (finetune, one seed), matrices of the layers alone, tables left in float32; accuracy of 800
+others, KL from float32, on a busy machine of two CPU cores how many times as fast as float32:
+
+    float32                88.88%
+    int8                   89.00%   0.0001   0.91
+    int8, smoothquant      89.00%   0.0001   0.21
+    int4:32, rounded       88.12%   0.0058   0.86
+    int4:32, awq           87.50%   0.0043   0.85
+    int4:32, gptq          88.50%   0.0020   0.85
 """
 
 from bigflax import recipes

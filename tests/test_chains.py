@@ -75,6 +75,9 @@ def test_a_chain_goes_on_where_it_stopped(trained, monkeypatch):
     assert whole.rows[-1].metrics == report.rows[-1].metrics
     chains.compress(run, params, chain=[{**chain[0], "rules": [("blocks/mlp/up", "int4")]}, chain[1]], name="resumed", **QUIET)
     assert len(done) == 6  # another first step: both are made again
+    other = jax.tree.map(lambda w: w * 1.01, params)
+    chains.compress(run, other, chain=chain, name="whole", **QUIET)
+    assert len(done) == 8  # and so are those of other weights
 
 
 @pytest.mark.slow
@@ -134,6 +137,11 @@ MISTAKES = {
     "no such method": ([dict(do="prune", to="50%", method="wandb")], "'wanda'"),
     "no such option": ([dict(do="quantize", to="int8", method="rtn", damping=1)], "rtn takes no 'damping'"),
     "no such format later": ([dict(do="prune", to="50%", method="magnitude"), dict(do="quantize", to="int9")], "no format"),
+    "no such weight later": (
+        [dict(do="prune", to="50%", method="magnitude"), dict(do="quantize", rules=[("block/.*", "int8")])],
+        "'block/.*' matches no weight",
+    ),
+    "no such option of the optimizer": ([dict(do="recover", steps=1, momentun=0.9)], "recover takes no 'momentun'"),
     "a step without what it needs": ([dict(do="recover")], "recover needs 'steps'"),
     "a step with what it has no use for": ([dict(do="pack", to="int8")], "pack takes no 'to'"),
     "a group that does not divide": ([dict(do="quantize", to="int4:24")], "a group of 24 does not divide 32 inputs; nearest is 8"),
@@ -163,7 +171,7 @@ def test_a_folder_of_typed_weights_is_no_beginning_of_a_recipe(trained, tmp_path
 
 
 def test_every_chain_of_the_recipe_is_one():
-    for name in recipes.load_chain("int8") and ("int8", "int4-gptq", "2:4-int8", "low-rank-int8"):
+    for name in recipes.chain_table():
         chains.check(recipes.load_chain(name))
     with pytest.raises(ValueError, match="'int8'"):
         recipes.load_chain("int9")
