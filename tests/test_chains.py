@@ -66,7 +66,8 @@ def test_a_chain_goes_on_where_it_stopped(trained, monkeypatch):
     chain = [dict(do="quantize", rules=[("blocks/mlp/up", "int8")]), dict(do="quantize", rules=[("blocks/mlp/down", "int8")])]
     done = []
     quantize = chains.STEPS["quantize"]
-    steps = {**chains.STEPS, "quantize": lambda link, **options: done.append(options) or quantize(link, **options)}
+    counting = lambda *of, **options: done.append(options) or quantize.call(*of, **options)
+    steps = {**chains.STEPS, "quantize": quantize._replace(call=counting)}
     monkeypatch.setattr(chains, "STEPS", steps)
     chains.compress(run, params, chain=chain[:1], name="resumed", **QUIET)
     report = chains.compress(run, params, chain=chain, name="resumed", **QUIET)
