@@ -199,6 +199,8 @@ def compress(args: argparse.Namespace, overrides: list[str]) -> int:
 
     chain = None if args.recipe is None else recipes.load_chain(args.recipe)
     found = exports.trained(args.work, overrides) if args.work else exports.begun(recipes.resolve(recipes.load(args.config), overrides))
+    if "compress" not in found.run.config:
+        raise ValueError(f"{args.work} was trained before recipes said how to compress; name its recipe, --config=RECIPE, instead")
     said = found.run.config.compress
     options = {name: said[name] for name in said if name not in ("chain", "max_loss", "name")}
     chains.compress(
