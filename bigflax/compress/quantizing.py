@@ -39,6 +39,7 @@ NF4 = (
 )  # fmt: skip
 #         the type as Qwix calls it, of its codes as they are stored, the largest code
 FLOATS = {"fp8": ("float8_e4m3fn", "float8_e4m3fn", 448.0), "mxfp4": ("mxfp4", "float4_e2m1fn", 6.0)}
+BLOCK = 256  # inputs of a group whose errors are weighed together, by their block of the hessian; of larger ones its diagonal does
 TYPES = ("int8", "int7", "int6", "int5", "int4", "int3", "int2", "nf4", *FLOATS)
 
 
@@ -88,11 +89,19 @@ def to_groups(w_KN: Array, fmt: Format) -> Array:
     return w_KN.reshape(K // group, group, -1)
 
 
-def grid(w_KN: Array, fmt: Format, importance_K: Array | None = None, *, clip: bool = True) -> tuple[Array, Array | None]:
+def grid(w_KN: Array, fmt: Format, hessian: Array | None = None, *, clip: bool = True) -> tuple[Array, Array | None]:
     """(scale [G, N], zero [G, N] or None) of each group: by its largest number, or with `clip` by the part of it, of 1, 0.98 ... 0.5, that makes the
-    sum of importance * error^2 least."""
+    sum of squares of its errors least; with a `hessian`, [K, K] or its diagonal [K], that of the products of its errors."""
     w = to_groups(w_KN.astype(jnp.float32), fmt)
-    weight = 1.0 if importance_K is None else to_groups(importance_K[:, None], fmt)
+    G, g, _ = w.shape
+    if hessian is None:
+        squares = lambda off: (off**2).sum(1)
+    elif hessian.ndim == 1 or g > BLOCK:
+        weight = to_groups((jnp.diag(hessian) if hessian.ndim == 2 else hessian)[:, None], fmt)
+        squares = lambda off: (weight * off**2).sum(1)
+    else:
+        within = hessian.reshape(G, g, G, g)[jnp.arange(G), :, jnp.arange(G)]
+        squares = lambda off: (jnp.einsum("gkj,gkn->gjn", within, off) * off).sum(1)
 
     def at(part):
         if fmt.zero:
@@ -109,8 +118,7 @@ def grid(w_KN: Array, fmt: Format, importance_K: Array | None = None, *, clip: b
 
     def error(part):
         scale, zero = at(part)
-        off = decode(encode(w, scale[:, None], _beside(zero), fmt), scale[:, None], _beside(zero), fmt) - w
-        return (weight * off**2).sum(1)
+        return squares(decode(encode(w, scale[:, None], _beside(zero), fmt), scale[:, None], _beside(zero), fmt) - w)
 
     parts = jnp.linspace(1.0, 0.5, 26)
     best = parts[jnp.argmin(jax.lax.map(error, parts), 0)]
@@ -158,19 +166,19 @@ def quantized_of(
 
 
 def rtn(w: Array, fmt: Format, *, axes: str, seen: Seen | None = None, clip: bool = True) -> Quantized:
-    """Round to nearest; with statistics the clipping weighs each input by the sum of its squares."""
-    return _rounded(as_matrix(w, axes), fmt, axes, w, None if seen is None else seen.squares, clip)
+    """Round to nearest; with statistics the clipping weighs errors by what goes in."""
+    return _rounded(as_matrix(w, axes), fmt, axes, w, None if seen is None else seen.hessian, clip)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
-def _codes(w_KN, fmt, importance_K, clip):
-    scale, zero = grid(w_KN, fmt, importance_K, clip=clip)
+def _codes(w_KN, fmt, hessian, clip):
+    scale, zero = grid(w_KN, fmt, hessian, clip=clip)
     codes = encode(to_groups(w_KN, fmt), scale[:, None], _beside(zero), fmt)
     return codes.reshape(w_KN.shape), scale, zero
 
 
-def _rounded(w_KN, fmt, axes, like, importance_K=None, clip=True) -> Quantized:
-    codes, scale, zero = _codes(w_KN, fmt, importance_K, clip)
+def _rounded(w_KN, fmt, axes, like, hessian=None, clip=True) -> Quantized:
+    codes, scale, zero = _codes(w_KN, fmt, hessian, clip)
     return quantized_of(codes, scale, zero, fmt, axes, like.shape, like.dtype)
 
 
@@ -201,26 +209,30 @@ def _gptq(w_KN, hessian_KK, fmt, damp, order, clip, block):
 
 
 def awq(w: Array, fmt: Format, *, axes: str, seen: Seen, points: int = 20, clip: bool = True) -> Weight:
-    """AWQ: Scaled(Quantized(s w), 1 / s) with s = (mean |x|)^a, a of `points` in 0..1 that changes the matrix's products least: by the hessian exactly, not by
-    the outputs of the module that it is in, and each matrix with scales of its own."""
+    """AWQ: Scaled(Quantized(s w), 1 / s) with s = (mean |x|)^a, or (mean |x|)^a (mean |w|)^(a - 1) of each input, a of `points` in 0..1: whichever changes the
+    matrix's products least, by the hessian exactly and not by the outputs of the module that it is in, each matrix with scales of its own. Then, as the
+    authors do, each group is clipped where its products err less."""
     w_KN = as_matrix(w, axes)
     s_K = _awq(w_KN, seen.hessian, seen.size / seen.count, fmt, points)
-    importance = seen.squares / s_K**2
-    made = _rounded(w_KN * s_K[:, None], fmt, axes, w, importance, clip)
+    made = _rounded(w_KN * s_K[:, None], fmt, axes, w, seen.hessian / jnp.outer(s_K, s_K), clip)
     return Scaled(made, as_written((1 / s_K)[:, None], *one_output(axes, w.shape)).astype(w.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _awq(w_KN, hessian_KK, size_K, fmt, points):
-    def at(power):
-        s_K = jnp.maximum(size_K, 1e-4 * size_K.max() + 1e-20) ** power
+    own_K = jnp.abs(w_KN).mean(1)
+    base_K, own_K = (jnp.maximum(x, 1e-4 * x.max() + 1e-20) for x in (size_K, own_K))
+
+    def at(power, by_own):
+        s_K = base_K**power * own_K ** (by_own * (power - 1))
         s_K = s_K / jnp.sqrt(s_K.max() * s_K.min())
         scaled = w_KN * s_K[:, None]
         codes, scale, zero = _codes(scaled, fmt, None, False)
         found = decode(to_groups(codes, fmt), scale[:, None], _beside(zero), fmt).reshape(w_KN.shape) / s_K[:, None]
         return product_error(found - w_KN, hessian_KK), s_K
 
-    errors, scales = jax.lax.map(at, jnp.arange(points) / points)
+    powers = jnp.arange(points) / points
+    errors, scales = jax.lax.map(lambda said: at(*said), (jnp.tile(powers, 2), jnp.repeat(jnp.arange(2.0), points)))
     return scales[jnp.argmin(errors)]
 
 

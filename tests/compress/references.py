@@ -38,10 +38,10 @@ def gptq(W, H, bits, group, damp=0.01, order=False):
 
 
 def awq(W, X, bits, group, points=20):
-    """(the weights that come out, the scales s): Lin et al. 2023, equations 4 and 5, the error that of the products."""
-    size, best = np.abs(X).mean(0), (np.inf, None, None)
-    for a in np.arange(points) / points:
-        s = np.maximum(size, 1e-4 * size.max()) ** a
+    """(the weights that come out, the scales s): Lin et al. 2023, equations 4 and 5, the error that of the products; also with the weights' own size."""
+    size, own, best = np.abs(X).mean(0), np.abs(W).mean(0), (np.inf, None, None)
+    for a, by_own in [(a, by_own) for by_own in (0, 1) for a in np.arange(points) / points]:
+        s = np.maximum(size, 1e-4 * size.max()) ** a * np.maximum(own, 1e-4 * own.max()) ** (by_own * (a - 1))
         s = s / np.sqrt(s.max() * s.min())
         scaled = W * s
         scale = grid(scaled, bits, group)
