@@ -31,25 +31,30 @@ from ml_collections import ConfigDict
 
 NET = dict(name="cnn", pools=[2, 1, 2, 1, 2], num_labels=10)
 WHOLE = dict(size=28, min_area=1.0, aspect=1.0, central=1.0)  # the view of images.py is all of the image
-VARIANTS = {  # images, epochs, the model's widths, what is done to an image
-    "digits": (8_000, 20, dict(hidden_sizes=[16, 32, 32, 48, 48], dense_size=64),
-               dict(mean=(0.1307,), std=(0.3081,), flip=0.0, augment="affine:12:0.12:10:2.5,erase:0.25:0.02:0.15:2:black")),
-    "fashion": (60_000, 10, dict(hidden_sizes=[16, 32, 32, 64, 64], dense_size=48),
-                dict(mean=(0.2860,), std=(0.3530,), flip=0.5, augment="crop:2")),
+DIGITS = dict(mean=(0.1307,), std=(0.3081,), flip=0.0)
+AUGMENT = "affine:12:0.12:10:2.5,erase:0.25:0.02:0.15:2:black"
+# A tenth of the range from black to white for each pixel, in units of `std`, and never beyond black and white.
+PGD = dict(name="pgd", on="pixel_values", norm="linf", eps=0.1 / 0.3081, steps=4, bounds=(-0.1307 / 0.3081, 0.8693 / 0.3081))
+VARIANTS = {  # images, epochs, the model's widths, what is done to an image, the optimizer's and the task's own
+    "digits": (8_000, 40, dict(hidden_sizes=[16, 32, 32, 48, 48], dense_size=64), dict(**DIGITS, augment=AUGMENT), {}, {}),
+    "fashion": (60_000, 15, dict(hidden_sizes=[16, 32, 32, 64, 64], dense_size=48),
+                dict(mean=(0.2860,), std=(0.3530,), flip=0.5, augment="crop:2"), {}, {}),
+    "robust": (8_000, 10, dict(hidden_sizes=[16, 32, 32, 48, 48], dense_size=64), DIGITS, dict(lr=1e-3, warmup_steps=300), dict(attack=PGD)),
 }  # fmt: skip
 
 
 def get_config(variant: str = "digits"):
-    images, epochs, widths, view = VARIANTS[variant]
+    images, epochs, widths, view, rates, task = VARIANTS[variant]
     steps = epochs * images // 128
-    files = {"source": f"{variant}-train.npz", "validation_source": f"{variant}-test.npz"}
+    name = "fashion" if variant == "fashion" else "digits"
+    files = {"source": f"{name}-train.npz", "validation_source": f"{name}-test.npz"}
     return ConfigDict(
         dict(
             work=f"runs/mnist-{variant}",
             model=dict(**NET, **widths),
             data=dict(**{key: dict(kind="numpy", path=path) for key, path in files.items()}, batch_size=128, **WHOLE, **view),
-            task=dict(name="classification", smoothing=0.05),
-            optimizer=dict(name="adamw", lr=4e-3, warmup_steps=100, weight_decay=0.05, b2=0.99, final=0.0),
+            task=dict(name="classification", smoothing=0.05, **task),
+            optimizer={"name": "adamw", "lr": 4e-3, "warmup_steps": 100, "weight_decay": 0.05, "b2": 0.99, "final": 0.0, **rates},
             fit=dict(steps=steps, log_every=50, eval_every=steps // 2),
             watch=dict(metric="accuracy", mode="max"),
         )
