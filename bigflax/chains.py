@@ -13,8 +13,10 @@
     pack         zeros and their places leave the memory (compress.packed)
 
 `rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers, and `tables` for those of
-words, which nothing goes into: by the plainest method. Each step leaves `run.work`/compress/NAME/1-prune ..., a folder that `bigflax.load` reads, and the
-whole chain report.json, report.txt, quality.png and error.png beside it. A step is read again where the same weights went the same way before.
+words, which nothing goes into: by the plainest method. `tables` alone, without `to` and `rules`, is by the step's own method, and the layers stay.
+
+Each step leaves `run.work`/compress/NAME/1-prune ..., a folder that `bigflax.load` reads, and the whole chain report.json, report.txt, quality.png and
+error.png beside it. A step is read again where the same weights went the same way before.
 
 A step that makes the run's watched metric worse by more than `max_loss`, a share of what it was, ends the chain, and the step before it is what is kept; one
 that `recover` follows is judged after that.
@@ -87,18 +89,23 @@ class Verb(NamedTuple):
     plain: str
 
     def __call__(self, link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
-        params = link.params
+        params, data = link.params, {"forward": link.forward, "batches": link.batches}
+        alone = to is None and rules is None
         if tables is not None:
-            params = self.call(link.model, params, tables_of(link.model, tables), method=self.plain)
-        said = matrices(link.model, to) if rules is None else rules
-        return dataclasses.replace(link, params=self.call(link.model, params, said, forward=link.forward, batches=link.batches, **options))
+            words = tables_of(link.model, tables)
+            if alone and not words:
+                raise ValueError("this model has no table of words; say `to` or `rules` of what it has")
+            params = self.call(link.model, params, words, **data, **{"method": self.plain, **(options if alone else {})})
+        if not alone:
+            params = self.call(link.model, params, matrices(link.model, to) if rules is None else rules, **data, **options)
+        return dataclasses.replace(link, params=params)
 
     def check(
         self, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, method: str | None = None, **options: Any
     ) -> None:
         """Raises ValueError for what can be told without a model to be wrong."""
-        if (to is None) == (rules is None):
-            raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two")
+        if (to is None) == (rules is None) and (to is not None or tables is None):
+            raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two, or `tables` alone")
         for value in [to, tables, *(value for _, value in trees.checked(rules or ()))]:
             if value is not None:
                 self.read(value)
@@ -213,7 +220,8 @@ def read_loss(text: str) -> float:
 
 def name_of(at: int, said: Mapping[str, Any]) -> str:
     """The folder of a step: "2-quantize-int4-128-gptq"."""
-    words = [said["do"], *(str(said[key]) for key in ("to", "method") if said.get(key) is not None)]
+    value = said.get("to") if said.get("to") is not None or said.get("rules") else said.get("tables")
+    words = [said["do"], *(str(word) for word in (value, said.get("method")) if word is not None)]
     return f"{at}-" + re.sub(r"[^\w.]+", "-", "-".join(words)).strip("-").lower()
 
 

@@ -36,6 +36,7 @@ CHAINS = {
     ],
     "half-depth": [dict(do="layers", keep=0.5), dict(do="recover", steps=500)],
     "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8", tables="int8")],
+    "small-tables": [dict(do="factorize", tables=0.5, method="frequency"), dict(do="recover", steps=200)],
     "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8", tables="int8")],
 }
 

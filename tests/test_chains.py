@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import running
 
 import bigflax
-from bigflax import chains, compress, exports, recipes, runs, trees, weights
+from bigflax import chains, compress, exports, models, recipes, runs, trees, weights
 from bigflax.compress.report import Report
 from bigflax.main import main
 
@@ -124,6 +125,42 @@ def test_the_verb(trained, capsys):
         assert [row["step"] for row in json.load(file)["rows"]] == ["start", "1-quantize-int8"]
     model, _ = bigflax.load(os.path.join(run.work, "compress", "chain", "1-quantize-int8"))
     assert model.source and os.path.exists(os.path.join(model.source, "tokenizer.json"))
+
+
+@pytest.mark.slow
+def test_a_mixture_and_its_table_go_through_chains(tmp_path):
+    """int4-gptq reaches every expert; tables alone become narrow ones. Both are saved and loaded as they are."""
+    recipe = running.make_recipe(tmp_path)
+    lines = recipe.read_text().replace(
+        'name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.0',
+        'name="mixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4',
+    )
+    recipe.write_text(lines)
+    run = runs.Run(recipes.resolve(recipes.load(str(recipe))))
+    run, params = run.of(run.model), run.init_state().weights
+    for name, said in {"int4-gptq": recipes.load_chain("int4-gptq"), "small-tables": recipes.load_chain("small-tables")[:1]}.items():
+        report = chains.compress(run, params, chain=said, name=name, say=lambda text: None, turns=1, batches=1)
+        model, loaded = bigflax.load(os.path.join(run.work, "compress", name, report.rows[1].step), mesh=run.mesh)
+        kinds = {leaf: type(w).__name__ for leaf, w in weights.named_weights(loaded) if weights.is_typed(w)}
+        if name == "small-tables":
+            assert report.rows[1].step == "1-factorize-0.5-frequency" and kinds == dict.fromkeys(["embed/tokens", "head/w"], "LowRank")
+        else:
+            assert {"blocks/mlp/gate", "blocks/mlp/up", "blocks/mlp/down", "blocks/attention/q", "embed/tokens"} <= kinds.keys()
+            assert "blocks/mlp/router/w" not in kinds and set(kinds.values()) == {"QArray"}
+            assert loaded["blocks"]["mlp"]["up"].qtype == "int4" and weights.shape(loaded["blocks"]["mlp"]["up"]) == (1, 4, 32, 64)
+        assert run.of(model).evaluator()(loaded)["loss"] == pytest.approx(report.rows[1].metrics["loss"], rel=1e-6)
+
+
+def test_tables_alone_need_a_table_and_go_by_their_own_method():
+    chains.check([dict(do="factorize", tables=0.5, method="frequency")])
+    with pytest.raises(ValueError, match="or `tables` alone"):
+        chains.check([dict(do="factorize", method="frequency")])
+    with pytest.raises(ValueError, match="no share"):
+        chains.check([dict(do="factorize", tables="half")])
+    assert chains.name_of(1, dict(do="quantize", to="int8", tables="int8")) == "1-quantize-int8"
+    pictures = types.SimpleNamespace(run=None, model=models.create("vit", size="tiny"), params={}, forward=None, batches=[])
+    with pytest.raises(ValueError, match="no table of words"):
+        chains.STEPS["factorize"](pictures, tables=0.5)
 
 
 MISTAKES = {

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from bigflax import ops, sharding, trees, weights
+from bigflax.compress import observing
 
 AXES = "embed -> heads head_dim"
 KEY = jax.random.key(0)
@@ -88,8 +89,13 @@ WEIGHTS = {
     "rotated": lambda w, axes: weights.rotated(w, KEY, axes=axes),
     "rotated int8": lambda w, axes: rotated_int8(w, axes),
     "lora over scaled int8": lambda w, axes: _lora(_scaled(w, axes, lambda w: weights.quantize(w, axes=axes)), axes),
+    "observed int8": lambda w, axes: _observed(weights.quantize(w, axes=axes), axes),
     "ia3 of outputs over lora": lambda w, axes: _stirred(weights.ia3(_lora(w, axes), axes=axes)),
 }
+
+
+def _observed(w, axes):
+    return weights.Observed(w, observing.blank(w, axes, observing.WANTS))
 
 
 def _moving(w, axes, scores=None):

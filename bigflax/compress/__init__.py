@@ -7,8 +7,7 @@
 
 `forward(params, batch)` is a call of the model or a loss, `batches` what is streamed through it (observing.py says how). Rules are ordered (regex, value)
 over the names of weights, first match wins, None leaves a weight as it is. A method is a function of one matrix, and a row of a table.
-
-Left out on purpose: the matrices of a mixture's experts where their products are ragged, for whatever looks at what goes into them.
+A mixture's experts are matrices like others, each by the tokens that are sent to it (observing.py says what of those that were sent few).
 """
 
 import functools
@@ -20,7 +19,7 @@ import jax
 
 from bigflax import nn, trees
 from bigflax.compress import factoring, pruning, quantizing
-from bigflax.compress.observing import Seen, blank, layer_by_layer, layers_of, observe, stacked
+from bigflax.compress.observing import Seen, blank, layer_by_layer, layers_of, observe, pooled, stacked
 from bigflax.compress.pruning import packed
 from bigflax.weights import LowRank, Masked, Sparse, Weight, dense, is_typed, named_weights, parse_axes, shape, write_axes
 
@@ -47,6 +46,7 @@ PRUNE: Mapping[str, Method] = {
 }  # fmt: skip
 FACTORIZE: Mapping[str, Method] = {
     "svd": Method(factoring.svd), "asvd": Method(factoring.asvd, ("size",)), "whitened": Method(factoring.whitened, ("hessian",)),
+    "frequency": Method(factoring.frequency, ("often",)),
 }  # fmt: skip
 
 
@@ -152,6 +152,7 @@ def _each(w: Weight, axes: str, seen: Seen | None, make: Callable[..., Weight]) 
     ax = parse_axes(axes)
     if not ax.stack:
         return make(w, axes=axes, seen=seen)
+    seen = pooled(seen) if seen is not None and ax.stack[0] == "experts" else seen
     at = lambda tree, i: None if tree is None else jax.tree.map(lambda part: part[i], tree)
     rest = write_axes(ax._replace(stack=ax.stack[1:]))
     return stacked([_each(at(w, i), rest, at(seen, i), make) for i in range(shape(w)[0])])

@@ -3,6 +3,8 @@
     svd         the nearest in the sum of squares of the matrix: Eckart and Young 1936
     asvd        the same of the matrix with its inputs multiplied by (mean |x|)^alpha: Yuan et al. 2023, arXiv 2312.05821, equation 6
     whitened    the nearest in the sum of squares of its products with what goes in: SVD-LLM, Wang et al. 2024, 2403.07378, section 3.1
+    frequency   of a table of words, the nearest in the sum of squares of the rows that are looked up: GroupReduce, Chen et al. 2018, 1806.06950,
+                section 3.1, one group of all words
 
 Of w [K, N] a share of the numbers stays: rank r = share K N / (K + N), so shares above about a half pay for square matrices only where the rank that is left is
 enough. What comes out is a `LowRank`.
@@ -66,6 +68,21 @@ def whitened(w: Array, share: float | int, *, axes: str, seen: Seen, damp: float
     low = jnp.linalg.cholesky(hessian)
     a, b = _cut(low.T @ w_KN, rank_of(share, w_KN))
     return _as_low_rank(jax.scipy.linalg.solve_triangular(low.T, a, lower=False), b, w, axes)
+
+
+def frequency(w: Array, share: float | int, *, axes: str, seen: Seen, smooth: float = 1.0) -> LowRank:
+    """The best of its rank where each row of a table counts as often as it was looked up, and `smooth` times more: words that did not come stay words. Where
+    none was looked up, in a head of its own, all rows count alike. Raises ValueError for what is no table."""
+    ax = parse_axes(axes)
+    if not ax.outputs_first:
+        raise ValueError(
+            f"how often its rows are looked up is known of a table of words, and a weight with axes {axes!r} is none; take 'whitened'"
+        )
+    if smooth <= 0:
+        raise ValueError(f"smooth {smooth} leaves rows that were not looked up without a say; take a number above 0")
+    w_KN, often_N = as_matrix(w, axes), jnp.sqrt(seen.often + smooth)
+    a, b = _cut(w_KN * often_N, rank_of(share, w_KN))
+    return _as_low_rank(a, b / often_N, w, axes)
 
 
 @functools.partial(jax.jit, static_argnums=1)

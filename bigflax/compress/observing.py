@@ -5,19 +5,23 @@
     change(name, w, seen) -> weight                                                         of one layer's matrix, without the axis of layers
 
 An observer is a typed weight: `Observed(base, seen)` multiplies as its base does, and the "gradient" of `seen` is defined as the statistics of what it
-was multiplied with. So they come out of scans, vmaps, shardings and mixtures as gradients do, summed over every use of a weight, and no model knows.
+was multiplied with (ops/observed.py). So they come out of scans, vmaps and shardings as gradients do, summed over every use of a weight, and no model knows.
+
+An expert of a mixture sees the tokens that were sent to it, [E, K, K] of them all, by whichever way they go; padding chooses none while they are seen. One
+that was sent fewer than it has inputs, K, cannot be judged by them alone: `pooled` fills up to K what it saw with what all experts saw on average, so that
+one that saw nothing is fitted to the mean token, and one that saw enough to its own alone.
 
 `layer_by_layer` streams all batches through the first layer, changes its matrices by what went into them, streams the batches through the changed layer,
 and goes on with what comes out: each layer is fitted to inputs as the compressed layers before it give them (Frantar et al. 2022, arXiv 2210.17323,
 section 4). What is held is the model once, one layer's statistics, the changed weights, and the states between two layers for all batches, on the host.
 It needs layers that are stacked by `nn.stack`; weights elsewhere (embeddings, heads, convolutions' own loops) are what `observe` is for.
 
-Left out on purpose: statistics of outputs, and matrices of mixtures under ragged products, which refuse an Observed.
-Legend: K inputs of a matrix, flat, N outputs, L layers.
+Left out on purpose: statistics of outputs, and a mixture's own layout on a mesh: while it is observed, XLA lays out its products, and a capacity is that of
+all tokens together.
+Legend: K inputs of a matrix, flat, N outputs, L layers, E experts.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,120 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import nn, trees
-from bigflax.ops.matmul import lettered, lookup, operands, product
-from bigflax.weights import Weight, can_train, dense, is_typed, named_weights, parse_axes, part_axes, shape, typed, write_axes
+from bigflax.ops.observed import reading
+from bigflax.weights import Observed, Seen, Weight, is_typed, named_weights, parse_axes, shape, write_axes
 
 Array = jax.Array
-WANTS = ("hessian", "size", "peak")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """Statistics of what a matrix was multiplied with, float32, K its inputs in their order: the sum of x x^T [K, K], of |x| [K], the largest |x| [K], and how
-    many x there were. Those that nobody wants are None. A stack of matrices has its axes in front."""
-
-    count: Array
-    hessian: Any = None
-    size: Any = None
-    peak: Any = None
-
-    def __add__(self, other: "Seen") -> "Seen":
-        both = lambda fn, a, b: None if a is None else fn(a, b)
-        return Seen(
-            self.count + other.count, both(jnp.add, self.hessian, other.hessian), both(jnp.add, self.size, other.size),
-            both(jnp.maximum, self.peak, other.peak),
-        )  # fmt: skip
-
-    @property
-    def squares(self) -> Array:
-        """The sum of x^2 for each input."""
-        return jnp.diagonal(self.hessian, axis1=-2, axis2=-1)
-
-
-@typed("base", "seen")
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """A weight whose `seen`, zeros, has for a gradient the statistics of what it is multiplied with."""
-
-    base: Weight
-    seen: Seen
-
-
-@shape.register
-def _(w: Observed):
-    return shape(w.base)
-
-
-@dense.register
-def _(w: Observed):
-    return dense(w.base)
-
-
-@part_axes.register
-def _(w: Observed, axes: str):
-    ax = parse_axes(axes)
-    return Observed(part_axes(w.base, axes), jax.tree.map(lambda part: " ".join((*ax.stack, *"_" * (part.ndim - len(ax.stack)))), w.seen))
-
-
-@can_train.register
-def _(w: Observed, axes: str = ""):
-    return jax.tree.map(lambda _: False, w)
-
-
-@lookup.register
-def _(w_VD: Observed, ids, dtype=None, axes=("vocab", "embed")) -> jax.Array:
-    return lookup(w_VD.base, ids, dtype, axes)
-
-
-@product.register
-def _(w: Observed, spec, x, precision=None) -> Array:
-    spec = lettered(spec, x.ndim)
-    inputs, weight, output = operands(spec)
-    stack = "".join(c for c in weight if c in inputs and c in output)
-    summed = "".join(c for c in weight if c in inputs and c not in output)
-    rows = "".join(c for c in inputs if c not in stack + summed)
-    flat_SRK = jnp.einsum(f"{inputs}->{stack}{rows}{summed}", jax.lax.stop_gradient(x)).reshape(
-        *(x.shape[inputs.index(c)] for c in stack), -1, int(np.prod([x.shape[inputs.index(c)] for c in summed]))
-    )
-    real = _real.get()
-    there = jnp.ones(flat_SRK.shape[-2], jnp.float32)
-    if real is not None and real.shape == x.shape[:2] and inputs[:2] == rows[:2]:
-        there = jnp.broadcast_to(real.reshape(*real.shape, *(1,) * (len(rows) - 2)), [x.shape[inputs.index(c)] for c in rows]).reshape(-1)
-    return _watch(product(w.base, spec, x, precision), flat_SRK, there.astype(jnp.float32), w.seen)
-
-
-@jax.custom_vjp
-def _watch(y, x_SRK, there_R, seen):
-    return y
-
-
-def _statistics(saved, g):
-    x_SRK, there_R, seen = saved
-    x_SRK = x_SRK.astype(jnp.float32) * there_R[:, None]
-    found = Seen(
-        jnp.full(seen.count.shape, there_R.sum()),
-        None if seen.hessian is None else jnp.einsum("...rk,...rj->...kj", x_SRK, x_SRK),
-        None if seen.size is None else jnp.abs(x_SRK).sum(-2),
-        None if seen.peak is None else jnp.abs(x_SRK).max(-2),
-    )
-    return g, jnp.zeros_like(saved[0]), jnp.zeros_like(there_R), found
-
-
-_watch.defvjp(lambda y, x, there, seen: (y, (x, there, seen)), _statistics)
-
-
-_real: contextvars.ContextVar[Array | None] = contextvars.ContextVar("bigflax_real", default=None)
-
-
-@contextlib.contextmanager
-def _reading(real_BT: Array | None):
-    """While a model is traced inside, rows of [B, T, ..] count where this is not 0: padding teaches nothing."""
-    token = _real.set(None if real_BT is None else (real_BT > 0).astype(jnp.float32))
-    try:
-        yield
-    finally:
-        _real.reset(token)
+WANTS = ("hessian", "size", "peak", "often")
 
 
 def blank(w: Weight, axes: str, wants: Sequence[str]) -> Seen:
@@ -150,8 +45,23 @@ def blank(w: Weight, axes: str, wants: Sequence[str]) -> Seen:
     if not ax.contracted:
         raise ValueError(f"a weight with axes {axes!r} has no inputs to observe; compress matrices, not biases and norms")
     stack, K = full[: len(ax.stack)], int(np.prod([full[i] for i in ax.contracted]))
-    sizes = {"hessian": (K, K), "size": (K,), "peak": (K,)}
+    sizes = {"hessian": (K, K), "size": (K,), "peak": (K,), "often": (int(np.prod(full[len(stack) :])) // K,)}
     return Seen(jnp.zeros(stack), **{name: jnp.zeros((*stack, *sizes[name])) for name in wants})
+
+
+def pooled(seen: Seen) -> Seen:
+    """What each expert of a stack [E, ..] saw, and where that was fewer rows than it has inputs, K, as many more as it lacks of the mean row of all
+    experts; its peak is then at least the mean of those that saw any."""
+    wanted = [part for part in (seen.size, seen.peak, seen.hessian) if part is not None]
+    K = wanted[0].shape[-1] if wanted else 0
+    lacks, all_rows = jnp.maximum(K - seen.count, 0), jnp.maximum(seen.count.sum(), 1)
+    beside = lambda each, part: each.reshape(-1, *(1,) * (part.ndim - 1))
+    filled = lambda part: None if part is None else part + beside(lacks, part) * part.sum(0) / all_rows
+    peak = seen.peak
+    if peak is not None:
+        mean = peak.sum(0) / jnp.maximum((seen.count > 0).sum(), 1)
+        peak = jnp.where(beside(lacks, peak) > 0, jnp.maximum(peak, mean), peak)
+    return dataclasses.replace(seen, count=seen.count + lacks, hessian=filled(seen.hessian), size=filled(seen.size), peak=peak)
 
 
 def _sum(out: Any) -> Array:
@@ -176,7 +86,7 @@ def observe(
     @jax.jit
     def look(params, batch):
         def total(seen):
-            with _reading(_mask(batch)):
+            with reading(_mask(batch)):
                 return _sum(forward(_put(params, seen), batch))
 
         return jax.grad(total)(none)
@@ -194,7 +104,7 @@ def _mask(batch: Any) -> Array | None:
 
 
 def _checked(name: str, seen: Seen) -> Seen:
-    if not bool(jnp.any(seen.count > 0)):
+    if not bool(jnp.any(seen.count > 0)) and (seen.often is None or not bool(jnp.any(seen.often > 0))):
         raise ValueError(f"nothing went into {name} while it was observed; give batches, and a forward that uses it as a matrix")
     return seen
 
@@ -229,7 +139,7 @@ def layer_by_layer(
         @jax.jit
         def look(weights, none, x, given):
             def everything(seen):
-                with _reading(given.get("kv_segments")):
+                with reading(given.get("kv_segments")):
                     return _sum(layer(_put(weights, seen), x, {**fixed, **given}))
 
             return jax.grad(everything)(none)

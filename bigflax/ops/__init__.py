@@ -1,6 +1,6 @@
 """Operations over arrays and typed weights; beside every fast path stands a plain reference, and a test holds the two together."""
 
-from bigflax.ops import compressed  # noqa: F401  (its products register themselves)
+from bigflax.ops import compressed, observed  # noqa: F401  (their products register themselves)
 from bigflax.ops.attention import attention
 from bigflax.ops.cross_entropy import linear_cross_entropy, vocab_logits
 from bigflax.ops.matmul import casting, einsum, take

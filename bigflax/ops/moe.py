@@ -42,8 +42,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from bigflax.ops.matmul import einsum
+from bigflax.ops.observed import told, watched
 from bigflax.sharding import Table, axes_of, current_layout, platform, spec
-from bigflax.weights import LoRA, Quantized, Weight, dense, parse_axes, part_axes, shape
+from bigflax.weights import LoRA, Observed, Quantized, Seen, Weight, dense, parse_axes, part_axes, shape
 
 Product = Callable[[jax.Array, Weight], jax.Array]
 Params = Mapping[str, Weight]
@@ -78,9 +79,11 @@ def mixture(
 
     `product(x, w)` multiplies each row by its own expert's matrix of w [E, in, out], which may be typed; `axes` are those weights' axis
     strings. A LoRA goes through its rank everywhere; a Quantized is multiplied as it is by the reference and under capacity, and made dense for
-    grouped products; others are made dense. With "capacity" an expert takes `capacity_factor` C M / E rows of a device's M tokens, 1.25 where None
-    is said; else a device takes that many times its share of its group's rows, and None means all. Where rows can be dropped, tokens that are not
-    `real_BT` take no room, and what they choose adds nothing; where they cannot, None are counted.
+    grouped products; others are made dense. An Observed sees of each expert the rows that it is sent, and keeps the mixture whole on a mesh.
+
+    With "capacity" an expert takes `capacity_factor` C M / E rows of a device's M tokens, 1.25 where None is said; else a device takes that many
+    times its share of its group's rows, and None means all. Where rows can be dropped, tokens that are not `real_BT` take no room, and what they
+    choose adds nothing, nor while an Observed looks; where they cannot, None are counted.
     """
     if implementation is None:
         implementation = _choose(x_BTD, chosen_BTC, params, axes)
@@ -91,7 +94,7 @@ def mixture(
             f"{implementation!r} runs below stages on a TPU alone: JAX cannot batch its grouped product; take 'capacity' or 'reference'"
         )
     drops = implementation == "capacity" or (capacity_factor is not None and implementation != "reference")
-    if drops and real_BT is not None:
+    if (drops or _observed(params)) and real_BT is not None:
         chosen_BTC = jnp.where(real_BT[..., None], chosen_BTC, shape(next(iter(params.values())))[0])
     local = functools.partial(IMPLEMENTATIONS[implementation], expert, capacity_factor)
     y_BTD, dropped = _on_mesh(local, x_BTD, gates_BTC.astype(x_BTD.dtype), chosen_BTC, params, axes)
@@ -162,7 +165,7 @@ def _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes):
 
     params = {name: _narrow(w, x_BTD.dtype) for name, w in params.items()}
     layout = current_layout()
-    if layout is None or math.prod(layout.mesh.shape.values()) == 1:
+    if layout is None or math.prod(layout.mesh.shape.values()) == 1 or _observed(params):
         return flat(x_BTD, gates_BTC, chosen_BTC, params, Group())
     mesh, table, *_ = layout
     group, kept, rows = _group(x_BTD, params, axes, mesh, table)
@@ -190,6 +193,10 @@ def _on_mesh(local, x_BTD, gates_BTC, chosen_BTC, params, axes):
     return jax.lax.reduce_sum(y_SBTD, axes=(0,)), dropped
 
 
+def _observed(params: Params) -> bool:
+    return any(isinstance(w, Observed) for w in params.values())
+
+
 def _each(lies: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return () if lies is None else (lies,) if isinstance(lies, str) else tuple(lies)
@@ -209,6 +216,8 @@ def _narrow(w: Weight, dtype: Any) -> Weight:
     a shard of columns may cut."""
     if isinstance(w, LoRA):
         return dataclasses.replace(w, base=_narrow(w.base, dtype), a=w.a.astype(dtype), b=w.b.astype(dtype), key=None)
+    if isinstance(w, Observed):
+        return dataclasses.replace(w, base=_narrow(w.base, dtype))
     if isinstance(w, Quantized) and all(part in (1, whole) for part, whole in zip(w.scale.shape, w.qvalue.shape, strict=True)):
         return w
     return dense(w).astype(dtype)
@@ -266,8 +275,9 @@ def _reference(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
     """What the experts of this device add to each token of the group, by way of all that they make of it."""
 
     def of_all(x_MD, gates_CM, mine_CM, E):
-        y_EMD = expert(x_MD, params, lambda x, w: einsum("md,edf->emf" if x.ndim == 2 else "emd,edf->emf", x, w))
-        share_EM = jnp.einsum("cme,cm->em", jax.nn.one_hot(mine_CM, E, dtype=x_MD.dtype), gates_CM)
+        whose_CME = jax.nn.one_hot(mine_CM, E, dtype=x_MD.dtype)
+        y_EMD = expert(x_MD, params, functools.partial(_by_all, lambda: jnp.sum(whose_CME, 0).T))
+        share_EM = jnp.einsum("cme,cm->em", whose_CME, gates_CM)
         return jnp.einsum("emd,em->md", y_EMD, share_EM), jnp.int32(0)
 
     return _together(of_all, x_MD, gates_CM, chosen_CM, params, group)
@@ -341,13 +351,21 @@ def _capacity(expert, factor, x_MD, gates_CM, chosen_CM, params, group):
     elif group.axes:
         first = jax.lax.axis_index(group.axes) * mine
         x_EKD, over_E = (jax.lax.dynamic_slice_in_dim(x, first, mine) for x in (x_EKD, over_E))
-    y_EKD = expert(x_EKD, params, lambda x, w: einsum("ekd,edf->ekf", x, w))
+    y_EKD = expert(x_EKD, params, functools.partial(_by_all, lambda: row_EK < C * M))
     if group.dealt:
         y_EKD = jax.lax.all_to_all(y_EKD, group.axes, 1, 0, tiled=True)
     elif group.axes:
         y_EKD = jax.lax.dynamic_update_slice_in_dim(jnp.zeros((E, *y_EKD.shape[1:]), y_EKD.dtype), y_EKD, first, 0)
     y_CMD = _collect(y_EKD.reshape(E * K, -1), row_EK.reshape(-1), place_CM)
     return jnp.einsum("cmd,cm->md", y_CMD, gates_CM), jnp.sum(over_E)
+
+
+def _by_all(whose_ER: Callable[[], jax.Array], x: jax.Array, w: Weight) -> jax.Array:
+    """Rows [R, in], or of each expert its own [E, R, in], times each expert's matrix. `whose_ER()` says which rows are sent to whom, for who looks."""
+    spec = "rd,edf->erf" if x.ndim == 2 else "erd,edf->erf"
+    if isinstance(w, Observed):
+        return watched(w, einsum(spec, x, w.base), x, whose_ER().astype(jnp.float32))
+    return einsum(spec, x, w)
 
 
 IMPLEMENTATIONS = {"reference": _reference, "ragged": _ragged, "exchange": _exchange, "capacity": _capacity}
@@ -361,11 +379,28 @@ def _grouped(sizes_E: jax.Array, x_SD: jax.Array, w: Weight) -> jax.Array:
     """Each row times its expert's matrix, rows sorted by expert. Those behind the last are whatever the backend leaves there, forward and backward."""
     if isinstance(w, LoRA):
         return _grouped(sizes_E, x_SD, w.base) + _grouped(sizes_E, _grouped(sizes_E, x_SD, w.a), w.b) * w.scale
+    if isinstance(w, Observed):
+        return told(w, _grouped(sizes_E, x_SD, w.base), _seen(sizes_E, x_SD, w.seen))
     w = dense(w).astype(x_SD.dtype)
     if platform() == "tpu":
         return _gmm(x_SD, w, sizes_E)
     ours_S1 = (jnp.arange(x_SD.shape[0]) < jnp.sum(sizes_E))[:, None]
     return jnp.where(ours_S1, jax.lax.ragged_dot(jnp.where(ours_S1, x_SD, 0), w, sizes_E), 0)
+
+
+def _seen(sizes_E: jax.Array, x_SD: jax.Array, wanted: Seen) -> Seen:
+    """Statistics of each expert's rows, sorted by expert. The sum of x x^T is what a grouped product gives back to its weights for a gradient of x."""
+    E, D = len(sizes_E), x_SD.shape[1]
+    expert_S = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_SD.shape[0]), side="right")
+    x_SD = jnp.where((expert_S < E)[:, None], jax.lax.stop_gradient(x_SD).astype(jnp.float32), 0)
+    hessian = lambda: jax.vjp(lambda w: _grouped(sizes_E, x_SD, w), jnp.zeros((E, D, D)))[1](x_SD)[0]
+    size = lambda: jnp.einsum("se,sd->ed", jax.nn.one_hot(expert_S, E), jnp.abs(x_SD))
+    peak = lambda: jnp.maximum(jax.ops.segment_max(jnp.abs(x_SD), expert_S, E + 1)[:E], 0)
+    wants = lambda part, of: None if part is None else of()
+    return Seen(
+        sizes_E.astype(jnp.float32), wants(wanted.hessian, hessian), wants(wanted.size, size), wants(wanted.peak, peak),
+        wants(wanted.often, lambda: jnp.zeros_like(wanted.often)),
+    )  # fmt: skip
 
 
 # Backward rules are traced when the gradient is, perhaps outside of the layout: what it decides is decided on the way forward.

@@ -38,6 +38,7 @@ and what compression leaves (compressed.py, by compress/):
     Scaled(base, scale)        w = base * scale                          `scale` varies over the inputs, and does not train
     Rotated(base, signs)       w = R^T base                              R an orthogonal matrix that spreads what is large
     W8A8(base)                 w = base, whose products round to int8 what they multiply
+    Observed(base, seen)       w = base, while somebody looks at what it is multiplied with: never saved, never trained
 """
 
 from bigflax.weights.adapted import (
@@ -74,10 +75,11 @@ from bigflax.weights.laws import (
     typed,
 )
 from bigflax.weights.narrow import KINDS, Quantized, Rounded, quantize, rounded
+from bigflax.weights.observed import Observed, Seen
 
 __all__ = [
-    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Moving", "Perturbed", "Prompted",
-    "Quantized", "Rotated", "Rounded", "Scaled", "Sparse", "Weight", "adapter", "can_train", "dense", "dora", "hadamard", "ia3", "input_axis",
-    "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize", "rotated", "rounded", "rows", "shape", "sparse",
-    "trainable", "trains", "typed", "write_axes",
+    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Moving",
+    "Observed", "Perturbed", "Prompted", "Quantized", "Rotated", "Rounded", "Scaled", "Seen", "Sparse", "Weight", "adapter", "can_train",
+    "dense", "dora", "hadamard", "ia3", "input_axis", "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted",
+    "quantize", "rotated", "rounded", "rows", "shape", "sparse", "trainable", "trains", "typed", "write_axes",
 ]  # fmt: skip

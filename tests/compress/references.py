@@ -99,3 +99,8 @@ def svd_llm(W, X, rank):
     """The least sum of squares of products that a matrix of this rank can have, by whitening: Wang et al. 2024, theorem 3.2."""
     S = np.linalg.cholesky(X.T @ X)
     return np.sqrt(np.square(np.linalg.svd(W @ S, compute_uv=False)[rank:]).sum())
+
+
+def frequency_svd(W, often, rank):
+    """The least sum of squares over looked-up rows of W [words, K] that a matrix of this rank can have: Chen et al. 2018, section 3.1."""
+    return np.sqrt(np.square(np.linalg.svd(np.sqrt(often)[:, None] * W, compute_uv=False)[rank:]).sum())

@@ -149,6 +149,29 @@ def test_low_rank_wherever_the_inputs_are(method, axes, shape, spec, inputs):
     np.testing.assert_allclose(as_matrix(weights.dense(made), axes), weights.dense(plain), atol=1e-4)
 
 
+@pytest.mark.parametrize("smooth", [0.01, 1.0])
+def test_words_that_come_often_err_least(smooth):
+    """A table's rows, weighed by how often they are looked up; nothing of the rank errs less on those."""
+    table, often = W.T.copy(), np.exp(2 * np.random.default_rng(1).normal(size=N)).round()  # [words, K]
+    seen, axes = Seen(jnp.float32(0), often=jnp.asarray(often)), "vocab <- embed"
+    error = lambda made: np.sqrt((often + smooth) @ np.square(np.asarray(weights.dense(made), np.float64) - table).sum(1))
+    made = factoring.frequency(jnp.asarray(table), 5, axes=axes, seen=seen, smooth=smooth)
+    least = references.frequency_svd(table.astype(np.float64), often + smooth, 5)
+    assert least <= error(made) * (1 + 1e-6) and error(made) <= least * 1.001
+    assert error(made) < 0.95 * error(factoring.svd(jnp.asarray(table), 5, axes=axes))
+    ids, x = jnp.arange(N)[::-1], jnp.asarray(X)
+    np.testing.assert_allclose(ops.take(made, ids), weights.dense(made)[ids], atol=1e-4)
+    np.testing.assert_allclose(ops.einsum("bd,vd->bv", x, made), x @ weights.dense(made).T, atol=1e-4 * float(jnp.abs(X @ W).max()))
+
+
+def test_a_table_of_which_nothing_was_looked_up_is_cut_plainly():
+    seen = Seen(jnp.float32(9), often=jnp.zeros(N))
+    made, plain = (
+        f(jnp.asarray(W.T), 5, axes="vocab <- embed", **o) for f, o in ((factoring.frequency, {"seen": seen}), (factoring.svd, {}))
+    )
+    np.testing.assert_allclose(weights.dense(made), weights.dense(plain), atol=1e-4)
+
+
 BETTER = {  # what makes the products' error less than what
     "gptq than rounding": (lambda w, fmt, axes: quantizing.gptq(w, fmt, axes=axes, seen=SEEN), 0.8),
     "awq than rounding": (lambda w, fmt, axes: quantizing.awq(w, fmt, axes=axes, seen=SEEN), 0.9),
@@ -192,6 +215,13 @@ MISTAKES = {
     "4:2": (lambda: pruning.read_pattern("4:2"), "no pattern of zeros"),
     "a share": (lambda: factoring.read_share(1.5), "no share"),
     "a rank that saves nothing": (lambda: factoring.svd(jnp.asarray(W), 16, axes="embed -> mlp"), "as many numbers as before; take 1 to 15"),
+    "frequency of no table": (
+        lambda: factoring.frequency(jnp.asarray(W), 5, axes="embed -> mlp", seen=Seen(jnp.float32(1), often=jnp.ones(N))), "take 'whitened'",
+    ),
+    "frequency without a floor": (
+        lambda: factoring.frequency(jnp.asarray(W.T), 5, axes="vocab <- embed", seen=Seen(jnp.float32(1), often=jnp.ones(N)), smooth=0.0),
+        "smooth 0.0 leaves rows",
+    ),
     "8 bits of 4": (lambda: quantizing.w8a8(jnp.asarray(W), quantizing.read_format("int4"), axes="embed -> mlp"), "need weights of int8"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bigflax import models, sharding, trees, weights
+from bigflax import models, ops, sharding, trees, weights
 from bigflax.compress import observing
 from bigflax.compress.observing import layer_by_layer, observe
 from bigflax.weights import parse_axes
@@ -24,7 +24,7 @@ MODELS = {  # what is unlike the others in how its layers lie and what they read
     "another pair": ("bart", "seq2seq_lm"),
     "images": ("vit", "image_classification"),
     "two towers": ("clip", None),
-    "a mixture, but for its experts": ("mixtral", "causal_lm"),
+    "a mixture": ("mixtral", "causal_lm"),
 }
 
 
@@ -52,12 +52,7 @@ def given(model, seed):
 
 def _multiplies(name, text):
     ax = parse_axes(text)
-    return (
-        bool(ax.contracted)
-        and "experts" not in ax.stack
-        and not name.endswith(("tokens", "positions", "types", "table"))
-        and "_" not in ax.names
-    )
+    return bool(ax.contracted) and not name.endswith(("tokens", "positions", "types", "table")) and "_" not in ax.names
 
 
 @pytest.mark.slow
@@ -81,10 +76,110 @@ def test_layer_by_layer_sees_what_the_whole_model_does(name):
             )
 
 
-def test_a_mixtures_experts_are_refused():
-    forward, params, batches, axes, _ = case("a mixture, but for its experts")
-    with pytest.raises(ValueError, match="nothing went into blocks/mlp/up"):
-        observe(forward, params, batches, ["blocks/mlp/up"], axes=axes)
+# -- mixtures --------------------------------------------------------------------------------------------------------------
+
+B, T, D, F, E, C = 3, 6, 6, 5, 4, 2
+AXES = {"gate": "experts | embed -> mlp", "up": "experts | embed -> mlp", "down": "experts | mlp -> embed"}
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """(params, x [B, T, D], gates, chosen [B, T, C], which tokens are real): of 4 experts one is never chosen."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    params = {"gate": draw(E, D, F), "up": draw(E, D, F), "down": draw(E, F, D)}
+    logits = draw(B, T, E) + np.array([0, 0, 0, -99], np.float32)
+    _, gates, chosen = ops.route(jnp.asarray(logits), C, normalize=True)
+    return params, draw(B, T, D), gates, np.asarray(chosen), np.arange(T) < np.array([[6], [4], [5]])
+
+
+def by_expert(x, w, product):
+    return product(jnp.tanh(product(x, w["gate"])) * product(x, w["up"]), w["down"])
+
+
+def by_hand(params, x, chosen, real, room):
+    """{name: [E] lists of what went into each expert's matrix}, one choice of a token at a time, likelier choices first, in float64; an expert has room for
+    so many."""
+    seen = {name: [[] for _ in range(E)] for name in params}
+    for c, b, t in np.ndindex(C, B, T):
+        e, row = chosen[b, t, c], x[b, t].astype(np.float64)
+        if real[b, t] and len(seen["up"][e]) < room:
+            gate, up = (row @ params[name][e].astype(np.float64) for name in ("gate", "up"))
+            for name, went in {"gate": row, "up": row, "down": np.tanh(gate) * up}.items():
+                seen[name][e].append(went)
+    return seen
+
+
+WAYS = {  # implementation, its factor, how many rows an expert has room for
+    **{way: (way, None, B * T) for way in ("reference", "ragged", "exchange")},
+    "capacity": ("capacity", E / C, B * T), "capacity that drops": ("capacity", 0.5, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", [None, dict(expert=2, fsdp=2, tensor=2)], ids=["one device", "a mesh"])
+@pytest.mark.parametrize("way, factor, room", WAYS.values(), ids=WAYS)
+def test_each_expert_sees_the_tokens_that_are_sent_to_it(way, factor, room, mesh, mixture):
+    params, x, gates, chosen, real = mixture
+    mesh = None if mesh is None else sharding.make_mesh(**mesh)
+
+    def forward(params, batch):
+        run = lambda: ops.mixture(
+            by_expert,
+            batch["x"],
+            gates,
+            chosen,
+            params,
+            AXES,
+            implementation=way,
+            capacity_factor=factor,
+            real_BT=batch["attention_mask"] > 0,
+        )[0]
+        if mesh is None:
+            return run()
+        with sharding.tracing_on(mesh):
+            return run()
+
+    want = by_hand(params, x, chosen, real, room)
+    assert not want["up"][3] and all(1 < len(rows) for rows in want["up"][:3])
+    seen = observe(forward, params, [{"x": x, "attention_mask": real.astype(np.int32)}], list(params), axes=AXES, wants=observing.WANTS)
+    for name, rows in want.items():
+        K, found = params[name].shape[1], seen[name]
+        rows = [np.array(each).reshape(-1, K) for each in rows]
+        np.testing.assert_array_equal(found.count, [len(each) for each in rows])
+        # float32: sums of a dozen products of sums of six
+        np.testing.assert_allclose(found.hessian, [each.T @ each for each in rows], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.size, [np.abs(each).sum(0) for each in rows], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.peak, [np.abs(each).max(0, initial=0) for each in rows], rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_that_was_sent_little_is_filled_up_with_the_mean_token():
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=(n, D)) * (i + 1) for i, n in enumerate((20, 2, 0))]
+    seen = observing.Seen(
+        *(jnp.asarray(np.array(part), jnp.float32) for part in (
+            [len(x) for x in rows], [x.T @ x for x in rows], [np.abs(x).sum(0) for x in rows], [np.abs(x).max(0, initial=0) for x in rows]))
+    )  # fmt: skip
+    found, everything = observing.pooled(seen), np.concatenate(rows)
+    np.testing.assert_array_equal(found.count, [20, D, D])
+    for e, lacks in enumerate((0, D - 2, D)):
+        want = rows[e].T @ rows[e] + lacks * everything.T @ everything / 22
+        np.testing.assert_allclose(found.hessian[e], want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.size[e], np.abs(rows[e]).sum(0) + lacks * np.abs(everything).sum(0) / 22, rtol=1e-5)
+    mean = np.mean([np.abs(x).max(0) for x in rows[:2]], 0)
+    np.testing.assert_allclose(found.peak, [np.abs(rows[0]).max(0), np.maximum(np.abs(rows[1]).max(0), mean), mean], rtol=1e-6)
+
+
+def test_a_table_sees_how_often_its_rows_are_looked_up():
+    """Of real tokens, in a model whose head is the same table."""
+    model = models.create("bert", size="tiny", head="masked_lm")
+    batches = [given(model, seed) for seed in range(2)]
+    seen = observe(
+        lambda p, b: model.apply(p, **b), model.init(KEY), batches, ["embed/tokens", "embed/positions"], axes=model.axes, wants=("often",)
+    )
+    real = np.concatenate([batch["input_ids"][batch["attention_mask"] > 0] for batch in batches])
+    often = seen["embed/tokens"].often
+    np.testing.assert_array_equal(often, np.bincount(real, minlength=len(often)))
+    assert seen["embed/tokens"].hessian is None and float(seen["embed/positions"].often[0]) > 0
 
 
 def test_what_is_seen_is_what_goes_in():

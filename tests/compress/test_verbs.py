@@ -150,3 +150,93 @@ def test_a_mixtures_experts_are_rounded_each_by_itself():
     w, q = params["blocks"]["mlp"]["up"], small["blocks"]["mlp"]["up"]
     assert weights.shape(q) == w.shape
     np.testing.assert_allclose(weights.dense(q), w, atol=float(jnp.abs(w).max()) / 254)
+
+
+EXPERTS = "blocks/mlp/(up|gate|down)"
+
+
+def experts():
+    """A mixture of one layer, whose inputs are as unequal as activations are."""
+    model = models.create(
+        "mixtral", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4,
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 2 else x, model.init(KEY))
+    params["blocks"]["norm2"]["scale"] *= jnp.exp(jax.random.normal(KEY, (32,)))
+    ids = np.random.default_rng(0).integers(0, 64, (16, 32)).astype(np.int32)
+    return model, params, lambda params, batch: model.apply(params, **batch), [{"input_ids": ids[:8]}, {"input_ids": ids[8:]}]
+
+
+def product_errors(w, made, seen):
+    """Of each expert's matrix the error of its products with what was sent to it, as a share."""
+    h, was, off = (np.asarray(x, np.float64) for x in (seen.hessian[0], weights.dense(w)[0], (weights.dense(made) - weights.dense(w))[0]))
+    return np.array([np.trace(o.T @ x @ o) / np.trace(a.T @ x @ a) for x, a, o in zip(h, was, off, strict=True)])
+
+
+@pytest.mark.slow
+def test_each_expert_is_fitted_to_the_tokens_that_are_sent_to_it():
+    model, params, forward, batches = experts()
+    names = [f"blocks/mlp/{name}" for name in ("gate", "up", "down")]
+    seen = compress.observe(forward, params, batches, names, axes=model.axes)
+    looked, plain = (
+        dict(
+            weights.named_weights(compress.quantize(model, params, [(EXPERTS, "int4:32")], method=method, forward=forward, batches=batches))
+        )
+        for method in ("gptq", "rtn")
+    )
+    before = dict(weights.named_weights(params))
+    for name in names:
+        assert float(seen[name].count.min()) > 64  # enough for each to be judged by its own
+        errors = [product_errors(before[name], made[name], seen[name]) for made in (looked, plain)]
+        assert np.all(errors[0] < 0.9 * errors[1]), (name, errors)
+        # another expert's tokens are not one's own
+        swapped = product_errors(before[name], looked[name], jax.tree.map(lambda x: x[:, ::-1], seen[name]))
+        assert errors[0].mean() < swapped.mean()
+
+
+LOOKING = {  # verb, what it makes of each matrix
+    "gptq": (compress.quantize, "int4:32"), "awq": (compress.quantize, "int4:32"), "smoothquant": (compress.quantize, "int8"),
+    "hadamard": (compress.quantize, "int4:32"), "wanda": (compress.prune, "2:4"), "sparsegpt": (compress.prune, "2:4"),
+    "asvd": (compress.factorize, 0.5), "whitened": (compress.factorize, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", LOOKING)
+def test_experts_that_saw_nothing_stay_whole(method):
+    """One token is sent to two of four experts. What is made of the others errs on it no more than twice as much as theirs."""
+    model, params, forward, _ = experts()
+    verb, to = LOOKING[method]
+    batch = {"input_ids": np.array([[5]], np.int32)}
+    seen = compress.observe(forward, params, [batch], ["blocks/mlp/up"], axes=model.axes)["blocks/mlp/up"]
+    assert sorted(np.asarray(seen.count[0])) == [0, 0, 1, 1]
+    small = verb(model, params, [(EXPERTS, to)], method=method, forward=forward, batches=[batch])
+    w, made = params["blocks"]["mlp"]["up"], small["blocks"]["mlp"]["up"]
+    made = made if not isinstance(made, weights.Scaled | weights.Rotated) else weights.dense(made)
+    there = np.isfinite(np.asarray(weights.dense(made)))
+    assert there.all()
+    token = jax.tree.map(lambda x: jnp.broadcast_to(x.sum(1, keepdims=True), x.shape), seen)
+    errors = product_errors(w, made, token)
+    met = np.asarray(seen.count[0]) > 0
+    assert errors[~met].max() < 2 * errors[met].max() + 1e-6, errors
+
+
+@pytest.mark.parametrize("family, head", [("bert", "masked_lm"), ("llama", "causal_lm")])
+def test_tables_are_factorized_by_how_often_words_come(family, head):
+    """A head that is the same table says what it did with a dense one, and the words that come err less than by plain SVD."""
+    more = dict(tie_word_embeddings=True) if family == "llama" else {}
+    model = models.create(family, size="tiny", vocab_size=96, head=head, **more)
+    params, forward = model.init(KEY), lambda params, batch: model.apply(params, **batch)
+    ids = np.minimum(np.random.default_rng(0).geometric(0.2, (8, 8)), 95).astype(np.int32)
+    rules, often = [("embed/tokens", 0.5)], np.bincount(ids.ravel(), minlength=96)
+    made = {
+        method: compress.factorize(model, params, rules, method=method, forward=forward, batches=[{"input_ids": ids}])
+        for method in ("frequency", "svd")
+    }
+    table = params["embed"]["tokens"]
+    error = lambda small: float(often @ np.square(np.asarray(weights.dense(small["embed"]["tokens"]) - table)).sum(1))
+    assert error(made["frequency"]) < 0.8 * error(made["svd"])
+    small = made["frequency"]
+    arrays = {**small, "embed": {**small["embed"], "tokens": weights.dense(small["embed"]["tokens"])}}
+    got, want = (jax.jit(forward)(p, {"input_ids": ids})["logits"] for p in (small, arrays))
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()))

@@ -1,0 +1,99 @@
+"""Products of an Observed weight: those of its base, while the "gradient" of its `seen` is defined as the statistics of what it was multiplied with.
+
+So they come out of scans, vmaps and shardings as gradients do, summed over every use of a weight. Of a mixture (moe.py) each expert sees the rows that were
+sent to it and have room there.
+
+Legend: S a stack of matrices, R rows, K inputs.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigflax.ops.matmul import lettered, lookup, operands, product
+from bigflax.weights import Observed, Seen
+
+Array = jax.Array
+
+_real: contextvars.ContextVar[Array | None] = contextvars.ContextVar("bigflax_real", default=None)
+
+
+@contextlib.contextmanager
+def reading(real_BT: Array | None):
+    """While a model is traced inside, rows of [B, T, ..] count where this is not 0: padding teaches nothing."""
+    token = _real.set(None if real_BT is None else (real_BT > 0).astype(jnp.float32))
+    try:
+        yield
+    finally:
+        _real.reset(token)
+
+
+@product.register
+def _(w: Observed, spec, x, precision=None) -> Array:
+    spec = lettered(spec, x.ndim)
+    inputs, weight, output = operands(spec)
+    stack = "".join(c for c in weight if c in inputs and c in output)
+    summed = "".join(c for c in weight if c in inputs and c not in output)
+    rows = "".join(c for c in inputs if c not in stack + summed)
+    flat_SRK = jnp.einsum(f"{inputs}->{stack}{rows}{summed}", x).reshape(
+        *(x.shape[inputs.index(c)] for c in stack), -1, int(np.prod([x.shape[inputs.index(c)] for c in summed]))
+    )
+    real = _real.get()
+    there = jnp.ones(flat_SRK.shape[-2], jnp.float32)
+    if real is not None and real.shape == x.shape[:2] and inputs[:2] == rows[:2]:
+        there = jnp.broadcast_to(real.reshape(*real.shape, *(1,) * (len(rows) - 2)), [x.shape[inputs.index(c)] for c in rows]).reshape(-1)
+    return watched(w, product(w.base, spec, x, precision), flat_SRK, there)
+
+
+@lookup.register
+def _(w_VD: Observed, ids, dtype=None, axes=("vocab", "embed")) -> Array:
+    rows, real = lookup(w_VD.base, ids, dtype, axes), _real.get()
+    if w_VD.seen.often is None:
+        return rows
+    there = jnp.ones(ids.shape, jnp.float32) if real is None or real.shape != ids.shape else real
+    nothing = jax.tree.map(jnp.zeros_like, w_VD.seen)
+    return told(w_VD, rows, dataclasses.replace(nothing, often=nothing.often.at[ids].add(there, mode="clip")))
+
+
+def watched(w: Observed, y: Array, x: Array, there: Array) -> Array:
+    """y, the product of rows x [.., R, K]; those count that `there` [.., R], float32, says, each as much as it says. Where `there` has a stack in front
+    and x has none, every matrix is given all rows."""
+    return _watch(y, jax.lax.stop_gradient(x), there, w.seen)
+
+
+@jax.custom_vjp
+def _watch(y, x, there, seen):
+    return y
+
+
+def _statistics(saved, g):
+    x, there, seen = saved
+    x_SRK = x.astype(jnp.float32) * there[..., None]
+    found = Seen(
+        jnp.broadcast_to(there.sum(-1), seen.count.shape),
+        None if seen.hessian is None else jnp.einsum("...rk,...rj->...kj", x_SRK, x_SRK),
+        None if seen.size is None else jnp.abs(x_SRK).sum(-2),
+        None if seen.peak is None else jnp.abs(x_SRK).max(-2),
+        None if seen.often is None else jnp.zeros_like(seen.often),
+    )
+    return g, jnp.zeros_like(x), jnp.zeros_like(there), found
+
+
+_watch.defvjp(lambda y, x, there, seen: (y, (x, there, seen)), _statistics)
+
+
+def told(w: Observed, y: Array, found: Seen) -> Array:
+    """y, beside which `found` was seen."""
+    return _tell(y, jax.lax.stop_gradient(found), w.seen)
+
+
+@jax.custom_vjp
+def _tell(y, found, seen):
+    return y
+
+
+_tell.defvjp(lambda y, found, seen: (y, found), lambda found, g: (g, jax.tree.map(jnp.zeros_like, found), found))

@@ -1,0 +1,65 @@
+"""A weight that looks at what it is multiplied with: what calibration puts in a weight's place for one pass (ops/observed.py, compress/observing.py)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigflax.weights.axes import parse_axes
+from bigflax.weights.laws import Array, Weight, can_train, dense, part_axes, shape, typed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Statistics of what a matrix was multiplied with, float32, K its inputs in their order: the sum of x x^T [K, K], of |x| [K], the largest |x| [K], and how
+    many x there were; of a table how often each of its rows was looked up [N]. Those that nobody wants are None. A stack of matrices has its axes in front."""
+
+    count: Array
+    hessian: Any = None
+    size: Any = None
+    peak: Any = None
+    often: Any = None
+
+    def __add__(self, other: "Seen") -> "Seen":
+        both = lambda fn, a, b: None if a is None else fn(a, b)
+        return Seen(
+            self.count + other.count, both(jnp.add, self.hessian, other.hessian), both(jnp.add, self.size, other.size),
+            both(jnp.maximum, self.peak, other.peak), both(jnp.add, self.often, other.often),
+        )  # fmt: skip
+
+    @property
+    def squares(self) -> Array:
+        """The sum of x^2 for each input."""
+        return jnp.diagonal(self.hessian, axis1=-2, axis2=-1)
+
+
+@typed("base", "seen")
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A weight whose `seen`, zeros, has for a gradient the statistics of what it is multiplied with."""
+
+    base: Weight
+    seen: Seen
+
+
+@shape.register
+def _(w: Observed):
+    return shape(w.base)
+
+
+@dense.register
+def _(w: Observed):
+    return dense(w.base)
+
+
+@part_axes.register
+def _(w: Observed, axes: str):
+    ax = parse_axes(axes)
+    return Observed(part_axes(w.base, axes), jax.tree.map(lambda part: " ".join((*ax.stack, *"_" * (part.ndim - len(ax.stack)))), w.seen))
+
+
+@can_train.register
+def _(w: Observed, axes: str = ""):
+    return jax.tree.map(lambda _: False, w)
