@@ -122,16 +122,17 @@ def sentence(error: Exception) -> str:
 
 def train(args: argparse.Namespace, overrides: list[str]) -> int:
     prepare(args)
-    from bigflax import recipes, runs
+    from bigflax import recipes, runs, taught
 
     config = recipes.resolve(recipes.load(args.config), overrides)
     if not config.work:
         raise ValueError("the recipe names no work folder; add --config.work=DIR")
+    make = taught.Taught if "teacher" in config else runs.Run
     if args.seeds is None:
-        return runs.train_run(config, allow_changes=args.allow_changes)
+        return runs.train_run(config, make=make, allow_changes=args.allow_changes)
     if args.seeds < 1:
         raise ValueError(f"--seeds={args.seeds} trains nothing; give 1 or more")
-    return runs.train_seeds(config, args.seeds, allow_changes=args.allow_changes)
+    return runs.train_seeds(config, args.seeds, make=make, allow_changes=args.allow_changes)
 
 
 def config(args: argparse.Namespace, overrides: list[str]) -> int:

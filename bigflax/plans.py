@@ -34,6 +34,10 @@ class Parts(NamedTuple):
 
 def parts(config: Config, mesh: jax.sharding.Mesh) -> Parts:
     """The step of a resolved recipe on `mesh`; neither its data nor its tokenizer is read, but for a `tokenizer.path`'s size."""
+    if "teacher" in config:
+        raise ValueError(
+            "a plan knows of no teacher: plan its recipe without the section 'teacher', and leave room for the teacher's weights and pass"
+        )
     run = runs.Run(config)
     run.mesh, run.fields, run.steps = mesh, fields(config), config.fit.steps or 1  # of epochs only the data know how long they are
     sharding.check_batch(config.data.batch_size, mesh)
@@ -49,7 +53,7 @@ def fields(config: Config) -> dict[str, Any]:
     """Those of the model's fields that follow from the data, without the data."""
     kind = recipes.data_kind(config.model.name, config.task.name)
     words = {"vocab_size": vocab_size(config), "eos_token_id": 0} if kind.tokenized else {}  # which id ends a text changes no plan
-    return runs.model_fields(config, kind, words, None)
+    return recipes.model_fields(config, kind, words, None)
 
 
 def vocab_size(config: Config) -> int:

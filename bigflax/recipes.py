@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bigflax import chains, checkpoint, data, hub, models, optim, peft, sharding, tasks, train, trees
+from bigflax.compress import distill
 from bigflax.data.loader import Loader
 from bigflax.data.quality import Quality
 from bigflax.generate import check
@@ -83,6 +84,18 @@ def peft_keys(name: str | None) -> dict[str, Any]:
     return {"name": name, "also": None, **dropout, **_keywords(peft.method(name), "params", "model", "axes", "rng")}
 
 
+def teacher_keys(said: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a recipe may say of a teacher, where it has one (taught.py)."""
+    if said is None:
+        return {}
+    return {"teacher": {"source": inspect.Parameter.empty, "every": None, **_keywords(distill.lesson, "task", "student", "teacher")}}
+
+
+def home_of(source: str) -> str:
+    """Where the tokenizer of a run's work folder, or of a folder of weights, is."""
+    return os.path.join(source, "tokenizer") if os.path.isdir(os.path.join(source, "checkpoints")) else source
+
+
 def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe may say, as a nested dict of defaults; what model, data and task take depends on the names of model and task."""
     task, source = config["task"]["name"], config["model"].get("source")
@@ -97,7 +110,9 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     epochs = (config.get("fit") or {}).get("epochs")
     words, prompt = {}, {}
     if kind.tokenized:
-        home = {"kind": "bpe", "path": None} if source is None else {"kind": "file", "path": source}
+        taught = (config.get("teacher") or {}).get("source")
+        path = source if source is not None or taught is None else home_of(taught)
+        home = {"kind": "bpe", "path": None} if path is None else {"kind": "file", "path": path}
         words = {"tokenizer": {**home, **_keywords(data.train_bpe, "texts"), "vocab_size": 8192}}
     if tasks.find(task).asks is not None:
         prompt["generate"] = {
@@ -125,6 +140,7 @@ def known_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             **_keywords(tasks.create, "name", "model"),
         },
         "peft": peft_keys((config.get("peft") or {}).get("name")),
+        **teacher_keys(config.get("teacher")),
         "optimizer": _keywords(optim.make, "axes", "steps"),
         "mesh": dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1},
         # the rows of the layout, but for the batch's, which loaders share
@@ -196,7 +212,7 @@ def resolve(recipe: Config, overrides: Iterable[str] = ()) -> Config:
     said = _plain(recipe)
     changes = [parse_override(text) for text in overrides]
     for path, value in changes:  # these decide which keys there are
-        if path in ("model.name", "model.size", "model.source", "task.name", "peft.name", "fit.epochs"):
+        if path in ("model.name", "model.size", "model.source", "task.name", "peft.name", "teacher.source", "fit.epochs"):
             section, key = path.split(".")
             said.setdefault(section, {})[key] = value
     for section in ("model", "task", "data"):
@@ -296,3 +312,36 @@ def diff(old: Any, new: Any, *, ignore: Iterable[str] = ()) -> list[str]:
         for key in sorted({*a, *b})
         if a.get(key, absent) != b.get(key, absent) and not skip(key)
     ]
+
+
+COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more
+SAME = {"image_size": "data.size, {}", "num_channels": "the {} channels of data.mean"}
+
+
+def agreed(section: Any, asked: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
+    """Of these fields those that the model has, in its parts too, which come whole: as the recipe says, or where it says None as the data ask. Raises
+    ValueError where the two disagree, and where neither says anything."""
+    found: dict[str, Any] = {}
+    for name, said in section.items():
+        if isinstance(said, ConfigDict):
+            found |= {name: {**said, **part}} if (part := agreed(said, asked, f"{where}.{name}")) else {}
+        elif name in asked:
+            value, key = asked[name], f"{where}.{name}"
+            if said is None and value is None:
+                raise ValueError(f"the recipe must set {key!r}: the data do not say it")
+            if said is not None and value is not None:
+                if name in COUNTS and said < value:
+                    raise ValueError(f"{key} {said} is smaller than {COUNTS[name].format(value)}")
+                if name in SAME and said not in (value, (value, value)):
+                    raise ValueError(f"{key} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
+            found[name] = value if said is None else said
+    return found
+
+
+def model_fields(config: Config, kind: data.Kind, words: Mapping[str, int], classes: Any) -> dict[str, Any]:
+    """What the model takes from its data: `words` are the fields that its tokenizer says; `classes`, their names or number, may not be known."""
+    pixels = {"image_size": config.data.size, "num_channels": len(config.data.mean)} if "image_size" in kind.follows else {}
+    labels = (
+        {"num_labels": classes if classes is None or isinstance(classes, int) else len(classes)} if "num_labels" in kind.follows else {}
+    )
+    return agreed(config.model, {name: value for name, value in {**words, **pixels, **labels}.items() if name in kind.follows})

@@ -226,7 +226,7 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Those of the model's fields that follow from the data. Set them to make a model without tokenizer and sources."""
         words = {"vocab_size": self.tokenizer.vocab_size, "eos_token_id": self.tokenizer.eos_id} if self.kind.tokenized else {}
-        return model_fields(self.config, self.kind, words, self.classes)
+        return recipes.model_fields(self.config, self.kind, words, self.classes)
 
     def _model(self, **more: Any) -> models.nn.Model:
         made = models.create(**{**_options(self.config.model, "source"), "size": None, **self.fields, **more})
@@ -266,20 +266,32 @@ class Run:
         begin, freeze = (self.model.init, ()) if self.tuned is None else (self.tuned.params, self.tuned.freeze)
         return train.state_like(begin, self.tx, mesh=self.mesh, axes=self.model.axes, freeze=freeze, table=self.table)
 
+    def begin(self) -> Any:
+        """What the weights of `base` begin as: a function from a key to them, or those of `model.source`."""
+        c = self.config.model
+        if c.source is None:
+            return self.base.init
+        found = hub.load(c.source, mesh=self.mesh, table=self.table, **{**_options(c, "name", "size", "source"), **self.fields})[1]
+        if typed := next((name for name, w in named_weights(found) if is_typed(w)), None):
+            raise ValueError(
+                f"{c.source!r} holds typed weights ({typed}), which a recipe does not begin with: `bigflax convert` writes arrays of them, peft.base rounds"
+            )
+        return found
+
     def init_state(self) -> train.State:
-        """New, or from the weights of `model.source`, and adapted where the recipe says how."""
-        c, begin, freeze = self.config.model, self.base.init, ()
-        if c.source is not None:
-            begin = hub.load(c.source, mesh=self.mesh, table=self.table, **{**_options(c, "name", "size", "source"), **self.fields})[1]
-            if typed := next((name for name, w in named_weights(begin) if is_typed(w)), None):
-                raise ValueError(
-                    f"{c.source!r} holds typed weights ({typed}), which a recipe does not begin with: `bigflax convert` writes arrays of them, peft.base rounds"
-                )
+        """New, of what `begin` gives, adapted where the recipe says how."""
+        begin, freeze = self.begin(), ()
         if self.tuned is not None:
             make, freeze = begin, self.tuned.freeze
             begin = (lambda key: self.adapt(make(key)).params) if callable(make) else self.adapt(make).params
         seed = self.config.seed
         return train.init_state(begin, self.tx, mesh=self.mesh, axes=self.model.axes, seed=seed, freeze=freeze, table=self.table)
+
+    def step(self, state: train.State) -> train.Step:
+        """The compiled step of the recipe over such a state."""
+        if "teacher" in self.config:
+            raise ValueError("this recipe has a teacher, which a plain Run does not ask; make a taught.Taught of it")
+        return train.train_step(self.loss_fn, self.tx, state, seed=self.config.seed, table=self.table, **self.config.step)
 
     def evaluator(self) -> Callable[[Any], Mapping[str, float]]:
         """`weights -> metrics` over the whole validation split, and the scores of `generate` over the first of its records."""
@@ -354,40 +366,9 @@ class Run:
         return c.prompt + ("" if self.kind.prose else "\n") + self.text(np.asarray(tokens)[0])
 
 
-COUNTS = {"vocab_size": "the tokenizer's {}", "num_labels": "the data's {} classes"}  # of which a model may have more
-SAME = {"image_size": "data.size, {}", "num_channels": "the {} channels of data.mean"}
-
-
-def agreed(section: Any, asked: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
-    """Of these fields those that the model has, in its parts too, which come whole: as the recipe says, or where it says None as the data ask. Raises
-    ValueError where the two disagree, and where neither says anything."""
-    found: dict[str, Any] = {}
-    for name, said in section.items():
-        if isinstance(said, ConfigDict):
-            found |= {name: {**said, **part}} if (part := agreed(said, asked, f"{where}.{name}")) else {}
-        elif name in asked:
-            value, key = asked[name], f"{where}.{name}"
-            if said is None and value is None:
-                raise ValueError(f"the recipe must set {key!r}: the data do not say it")
-            if said is not None and value is not None:
-                if name in COUNTS and said < value:
-                    raise ValueError(f"{key} {said} is smaller than {COUNTS[name].format(value)}")
-                if name in SAME and said not in (value, (value, value)):
-                    raise ValueError(f"{key} {said} is not {SAME[name].format(value)}; leave it out, and it follows")
-            found[name] = value if said is None else said
-    return found
-
-
-def model_fields(config: Config, kind: data.Kind, words: Mapping[str, int], classes: Any) -> dict[str, Any]:
-    """What the model takes from its data: `words` are the fields that its tokenizer says; `classes`, their names or number, may not be known."""
-    pixels = {"image_size": config.data.size, "num_channels": len(config.data.mean)} if "image_size" in kind.follows else {}
-    labels = (
-        {"num_labels": classes if classes is None or isinstance(classes, int) else len(classes)} if "num_labels" in kind.follows else {}
-    )
-    return agreed(config.model, {name: value for name, value in {**words, **pixels, **labels}.items() if name in kind.follows})
-
-
-def train_seeds(config: Config, seeds: int, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
+def train_seeds(
+    config: Config, seeds: int, *, make: Callable[[Config], Run] = Run, allow_changes: bool = False, say: Callable[[str], None] = print
+) -> int:
     """Trains the run once for each of so many seeds, from the recipe's on, in folders of their own, and says the mean and deviation of what is held
     out; the exit code of the first run that did not end, else 0."""
     summaries, home = [], config.work
@@ -395,7 +376,7 @@ def train_seeds(config: Config, seeds: int, *, allow_changes: bool = False, say:
         one = config.copy_and_resolve_references()
         with one.unlocked():
             one.seed, one.work = seed, os.path.join(home, f"seed{seed}")
-        if code := train_run(one, allow_changes=allow_changes, say=say):
+        if code := train_run(one, make=make, allow_changes=allow_changes, say=say):
             return code
         summaries.append(json.loads((open_path(one.work) / "summary.json").read_text()))
     spread = {
@@ -412,10 +393,13 @@ def train_seeds(config: Config, seeds: int, *, allow_changes: bool = False, say:
     return 0
 
 
-def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str], None] = print) -> int:
-    """Trains, or continues, the run of `config.work`; returns the exit code: 0, or StopSignal.CODE where a signal ended it early."""
+def train_run(
+    config: Config, *, make: Callable[[Config], Run] = Run, allow_changes: bool = False, say: Callable[[str], None] = print
+) -> int:
+    """Trains, or continues, the run of `config.work` that `make` puts together (taught.py has another); returns the exit code: 0, or StopSignal.CODE
+    where a signal ended it early."""
     began = time.perf_counter()
-    run = Run(config)
+    run = make(config)
     first = jax.process_index() == 0
     say = say if first else lambda text: None
     watch, cost = train.Watch(**config.watch), {}
@@ -446,7 +430,7 @@ def train_run(config: Config, *, allow_changes: bool = False, say: Callable[[str
             say(f"resumed from step {at} of {checkpoints.folder}")
         if flags := xla.options(run.mesh, config.step.flags):
             say(f"XLA flags: {', '.join(f'{name}={value}' for name, value in flags.items())}")
-        step = train.train_step(run.loss_fn, run.tx, state, seed=config.seed, table=run.table, **config.step)
+        step = run.step(state)
 
         def announce(compiled: xla.Compiled) -> None:
             cost.update(compile_seconds=round(compiled.seconds, 1), compile_cache=compiled.cache)

@@ -33,7 +33,7 @@ def describe(run: Any) -> str:
         amount = f"{run.fields.get('num_labels')} classes; batch {c.data.batch_size} images of {c.data.size} x {c.data.size}"
     return (
         f"{c.model.name}: {trees.human(trees.count(shapes))} parameters ({trees.human(trees.nbytes(shapes), 'B', 1024)}), "
-        f"{amount}; {jax.devices()[0].device_kind}, {mesh}"
+        f"{amount}; {jax.devices()[0].device_kind}, {mesh}{f'; taught by {c.teacher.source}' if 'teacher' in c else ''}"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import data, models, recipes, runs, trees
+from bigflax import data, models, recipes, trees
 from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -231,12 +231,12 @@ def test_the_parts_of_a_model_have_fields_too():
     assert (text.hidden_size, text.num_hidden_layers, vision.patch_size, vision.hidden_act) == (32, 2, 4, "quick_gelu")
     assert (text.vocab_size, text.eos_token_id, vision.image_size, vision.num_channels) == (None,) * 4 and "dtype" not in text
     kind, words = recipes.data_kind("clip", "contrastive"), {"vocab_size": 99, "eos_token_id": 7}
-    fields = runs.model_fields(config, kind, words, None)
+    fields = recipes.model_fields(config, kind, words, None)
     model = models.create("clip", projection_dim=config.model.projection_dim, **fields)
     assert model.config["text_config"]["vocab_size"] == 99 and model.module.end == 7
     assert model.module.vision.embed.image == (16, 16) and model.module.vision.embed.patch == (4, 4)
     with pytest.raises(ValueError, match=r"model.text_config.vocab_size 50 is smaller than the tokenizer's 99"):
-        runs.model_fields(recipes.resolve(ConfigDict(PAIRS), ["model.text_config.vocab_size=50"]), kind, words, None)
+        recipes.model_fields(recipes.resolve(ConfigDict(PAIRS), ["model.text_config.vocab_size=50"]), kind, words, None)
 
 
 MISTAKES = {

@@ -11,6 +11,8 @@ A task is a function from a model to a loss, as those of tasks.py are. The model
 too: the same windows, the same mixed images, whatever the task makes of its batch. Then each term (terms.py) compares what the two gave. No module knows
 of it, and neither do tasks; an attack goes around it, `adversarial.pgd(distill(...))`.
 
+`lesson` is the same by plain values: the section `teacher` of a recipe (taught.py).
+
 A teacher is a Model (quantized weights stand in its tree as in any other, an `ensemble` is a Model too), any function `(params, **inputs)` ->
 outputs, or None: then its outputs come with the batch under "teacher_" and their name (teachers.py writes them down once). With `ema` it is the student
 itself, as an average of its weights has it: Mean Teacher, Tarvainen and Valpola 2017 (1703.01780). That average is among the frozen weights; the one that
@@ -32,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax import trees
-from bigflax.compress.terms import Both, Term, soft_labels, takes
+from bigflax.compress.terms import Both, Term, hidden, relations, soft_labels, takes
 from bigflax.metrics import Mean, split_loss
 from bigflax.nn import Model
 from bigflax.weights import is_typed, shape
@@ -152,6 +154,18 @@ def distill(
         return Mean(total, loss.count), {**metrics, **task_loss, **{k: m for _, means in found for k, m in means.items()}}, updates
 
     return loss_fn
+
+
+def lesson(
+    task: Callable[[Model], LossFn], student: Model, teacher: Model, *, weight: float = 0.5, temperature: float = 2.0, divergence: str = "forward",
+    binary: bool = False, chunk: int | None = None, states: float = 0.0, related: float = 0.0, heads: int = 1,
+) -> LossFn:  # fmt: skip
+    """`distill` by plain values, as a recipe has them: `states` is the weight of hidden states, whose widths must be one, layers spread evenly over the
+    teacher's; `related` that of the relations in the last layers, in `heads` parts. With `weight` 1 nothing is learned from labels.
+    """
+    also = [(share, term) for share, term in ((states, hidden()), (related, relations(heads=heads))) if share]
+    soft: dict[str, Any] = dict(temperature=temperature, divergence=divergence, binary=binary, chunk=chunk)
+    return distill(task, student, teacher, weight=weight, also=also, **soft)
 
 
 def _ask(teacher: Model | Callable[..., Any], params: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
