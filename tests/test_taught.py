@@ -185,6 +185,7 @@ def kept(work):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_text_classifier_of_half_the_layers(home, capsys):
     """Learned from the work folder of a run, and written where the teacher is not any more."""
     text = dict(length=16, batch_size=16, source=dict(kind="jsonl", path=str(home / "train.jsonl")),
@@ -211,6 +212,7 @@ def test_a_text_classifier_of_half_the_layers(home, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_that_goes_on_asks_its_teacher_again(home):
     """Twelve steps at once, and six and six, give one student."""
     config = lambda work, steps: recipe(
@@ -228,6 +230,7 @@ def test_a_run_that_goes_on_asks_its_teacher_again(home):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_decoder_of_half_the_layers(home):
     """Of a folder of weights, all of whose tokenizer is the student's; its sample and its loss are those of any run."""
     student = dict(name="llama", **{**LAYERS, "num_hidden_layers": 1}, num_key_value_heads=1, tie_word_embeddings=True)
@@ -251,6 +254,7 @@ def test_a_decoder_of_half_the_layers(home):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_images_too(tmp_path):
     """A ViT of one layer by the run of one of two; the teacher sees the images that were mixed for the student."""
     path = make_photo_recipe(tmp_path)

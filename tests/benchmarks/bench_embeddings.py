@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--texts", required=True)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--looked-at", type=int, default=128, help="further texts, which methods that look at data are given")
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     args = parser.parse_args()
     model, params = bigflax.load(args.weights, head=None)
