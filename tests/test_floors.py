@@ -17,7 +17,7 @@ FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "main recipes runs exports taught chains summaries plans",
 ]
 HOMES = {  # dependency -> where it may be imported
-    "flax": ("bigflax/nn.py", "bigflax/models/"),
+    "flax": ("bigflax/nn/", "bigflax/models/"),
     "grain": ("bigflax/data/",),
     "tensorflow_datasets": ("bigflax/data/",),
     "orbax": ("bigflax/checkpoint.py",),

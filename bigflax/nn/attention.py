@@ -1,0 +1,176 @@
+"""Attention of a layer: queries, keys and values of states, positions in them or beside them, and the cache that decoding writes.
+
+Legend: B batch, T time, S key time, D width, N heads, K kv heads, H head width.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from bigflax import ops
+from bigflax.nn.fence import NORMAL, Initializer, dropout, weight, zeros
+from bigflax.nn.layers import Norm
+from bigflax.sharding import constrain
+
+
+def head_width(features: int, heads: int) -> int:
+    """The width of a head where `heads` share `features` evenly. Raises ValueError where they cannot."""
+    if features % heads:
+        near = max(heads, features - features % heads)
+        raise ValueError(f"a width of {features} does not divide over {heads} heads; nearest is {near}")
+    return features // heads
+
+
+class Rope(nn.Module):
+    """Rotary positions: no weights, only how to turn q and k at given positions."""
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    scaling: Any = None
+
+    def __call__(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        inv_freq, factor = ops.rope_frequencies(
+            x_BTNH.shape[-1], theta=self.theta, fraction=self.fraction, scaling=self.scaling, length=jnp.max(positions_BT) + 1
+        )
+        return ops.rope(x_BTNH, positions_BT, inv_freq, factor=factor)
+
+
+class RelativeBias(nn.Module):
+    """What is added to the logits for the distance between query and key, a number a head and bucket (T5; Raffel et al. 2020, 1910.10683).
+
+    Half of the buckets are distances 0, 1, 2 ...; the others grow by equal factors up to `farthest`, beyond which all are one. With `both_ways`
+    the first half of them all is for keys at or before the query and the second for those behind it; else those behind count as distance 0.
+    """
+
+    heads: int
+    buckets: int = 32
+    farthest: int = 128
+    both_ways: bool = True
+    init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int, start: jax.Array | int = 0) -> jax.Array:
+        """[1, N, T, S] for queries at `start`, `start` + 1 ... and keys at 0, 1 ..."""
+        w_PN = weight(self, "w", (self.buckets, self.heads), "_ heads", self.init)
+        distance_TS = jnp.arange(keys)[None, :] - (start + jnp.arange(queries))[:, None]
+        row_TS = jnp.asarray(self._rows())[jnp.clip(distance_TS, -self.farthest, self.farthest) + self.farthest]
+        return constrain(w_PN[row_TS].transpose(2, 0, 1)[None], None, "heads", "seq", None)
+
+    def _rows(self) -> np.ndarray:
+        """The bucket of each distance key - query from -farthest to farthest. On the host: a compiled logarithm may fall short of a whole number."""
+        signed = np.arange(-self.farthest, self.farthest + 1)
+        buckets = self.buckets // 2 if self.both_ways else self.buckets
+        exact, far = buckets // 2, np.abs(signed) if self.both_ways else np.maximum(-signed, 0)
+        steps = np.log(np.maximum(far, exact).astype(np.float32) / exact) / np.float32(math.log(self.farthest / exact)) * (buckets - exact)
+        near_or_far = np.where(far < exact, far, np.minimum(exact + steps.astype(int), buckets - 1))
+        return near_or_far + (buckets * (signed > 0) if self.both_ways else 0)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
+
+    `__call__(x, cache, positions=, q_segments=, kv_segments=, bias=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
+    "segments": [B, S]}` for one layer: new keys and values are written at `index`, and attention runs over all that is written. `bias`
+    [1 or B, N, T, S] is added to the logits.
+
+    A `cross` attention looks at `memory` [B, S, D'], another sequence's states; its cache, `{"k", "v", "segments"}`, keeps what was made of
+    the memory, and where `memory` is None serves instead of it. `kv_segments` are then those of the memory; without `q_segments` each
+    query sees all of it that is 1.
+    """
+
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    causal: bool = True
+    cross: bool = False
+    rope: Rope | None = None
+    norm: Norm | None = None  # of q and k before the rotation: over the width of each head,
+    norm_heads: bool = False  # or over all heads together
+    bias: bool = False
+    k_bias: bool | None = None
+    out_bias: bool | None = None
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    init: Initializer = NORMAL
+    q_init: Initializer | None = None
+    out_init: Initializer = NORMAL
+
+    @nn.compact
+    def __call__(self, x_BTD, cache=None, *, memory=None, positions=None, q_segments=None, kv_segments=None, bias=None):
+        D, N, H, T, places = x_BTD.shape[-1], self.heads, self.head_dim, x_BTD.shape[1], {}
+        q_BTNH = self._normed("q_norm", self._project(x_BTD, "q", N, "heads", self.bias, self.q_init or self.init))
+        if self.cross:
+            k_BSKH, v_BSKH, kv_segments, cache = self._recall(memory, kv_segments, cache)
+            if kv_segments is None or q_segments is None:  # all of the memory that is real may be seen
+                q_segments = None if kv_segments is None else jnp.ones(x_BTD.shape[:2], jnp.int32)
+        else:
+            k_BSKH, v_BSKH = self._keys(x_BTD)
+            if self.rope is not None:
+                at = jnp.arange(T)[None] if positions is None else positions
+                q_BTNH, k_BSKH = self.rope(q_BTNH, at), self.rope(k_BSKH, at)
+            if cache is not None:
+                cache = write_cache(cache, k_BSKH, v_BSKH, kv_segments)
+                k_BSKH, v_BSKH, kv_segments = cache["k"], cache["v"], cache["segments"]
+                # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
+                places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
+        q_BTNH, k_BSKH, v_BSKH = constrain(q_BTNH, "batch", "seq", "heads", None), k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype)
+        y_BTNH = ops.attention(
+            q_BTNH, k_BSKH, v_BSKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
+            scale=self.scale, softcap=self.softcap, bias=bias, **places,
+        )  # fmt: skip
+        y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
+        y_BTD = checkpoint_name(y_BTD, "product")
+        if self.bias if self.out_bias is None else self.out_bias:
+            y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
+        return dropout(self, y_BTD, self.dropout), cache
+
+    def _keys(self, x_BSD):
+        """Keys, normed where asked for but not yet rotated, and values: both [B, S, K, H]."""
+        K = self.kv_heads or self.heads
+        k_BSKH = self._project(x_BSD, "k", K, "kv_heads", self.bias if self.k_bias is None else self.k_bias, self.init)
+        return self._normed("k_norm", k_BSKH), self._project(x_BSD, "v", K, "kv_heads", self.bias, self.init)
+
+    def _recall(self, memory, segments, cache):
+        """Keys, values and segments of the memory, or of the cache that was made of it, and the cache."""
+        if memory is None:
+            if cache is None:
+                raise ValueError("a decoder that looks at an encoder's states was given none: pass the encoder's inputs too")
+            return cache["k"], cache["v"], cache["segments"], cache
+        k_BSKH, v_BSKH = self._keys(memory)
+        if cache is not None:
+            segments = jnp.ones(memory.shape[:2], jnp.int32) if segments is None else segments
+            cache = {"k": k_BSKH.astype(cache["k"].dtype), "v": v_BSKH.astype(cache["v"].dtype), "segments": segments}
+        return k_BSKH, v_BSKH, segments, cache
+
+    def _normed(self, name, x_BTNH):
+        if self.norm is None:
+            return x_BTNH
+        norm = self.norm.clone(parent=self, name=name)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape) if self.norm_heads else norm(x_BTNH)
+
+    def _project(self, x_BTD, name, heads, axis, bias, init):
+        w = weight(self, name, (x_BTD.shape[-1], heads, self.head_dim), f"embed -> {axis} head_dim", init)
+        y_BTNH = checkpoint_name(ops.einsum("btd,dnh->btnh", x_BTD, w), "product")
+        if not bias:
+            return y_BTNH
+        return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
+
+
+def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, jax.Array]:
+    """The cache with T more keys and values at `index`. Segment 0 marks what is not to be attended to: padding, and what is not written yet."""
+    at = cache["index"]
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
+    segments = jnp.ones(k_BTKH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+    return {
+        "k": put(cache["k"], k_BTKH),
+        "v": put(cache["v"], v_BTKH),
+        "segments": put(cache["segments"], segments),
+        "index": at + k_BTKH.shape[1],
+    }
