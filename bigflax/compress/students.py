@@ -8,7 +8,7 @@
 Both go by the names of axes, so that they hold for every family, and compose. The student is a model of the smaller config, whose shapes these are;
 what has no part in the teacher, a new head say, is taken from its `init`.
 
-Left out on purpose: which layers, heads and channels matter (structure.py), and layers that are averages of several.
+Left out on purpose: which layers, heads and channels matter (structure/), and layers that are averages of several.
 """
 
 import re

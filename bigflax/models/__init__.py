@@ -41,7 +41,7 @@ def create(name: str, *, size: str | Mapping[str, Any] | None = None, **config: 
 
 
 def resized(model: nn.Model, params: Any, changes: Mapping[str, Any]) -> nn.Model:
-    """The model of the config with these changes, whose weights `params` are: what compress/structure.py cuts. Where it was loaded from stays, so that
+    """The model of the config with these changes, whose weights `params` are: what compress/structure/ cuts. Where it was loaded from stays, so that
     `hub.save` writes the tokenizer's files too. Raises ValueError where it would have other weights."""
     if not model.family:
         raise ValueError("only a model of models.create or hub.load has a config to be resized by; this one is of no family")
