@@ -148,6 +148,54 @@ def test_an_encoder_decoder_draws_by_its_key():
     assert (one != other).any()
 
 
+INT8 = ["gpt2", "llama with grouped queries", "t5"]
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_a_cache_in_int8(name):
+    """Logits of a prompt and of five further tokens, one after the other, beside those with a cache of floats: REACH of the logits' size at most. And what
+    is written: of 24 tokens AGREE at least are the same."""
+    model, params, apply = made(name)
+    its, given = ("decoder_", read(name)) if name in PAIRS else ("", {})
+    ids, found = np.concatenate([prompts(), prompts()[:, ::-1]], 1), {}
+    for dtype in (None, "int8"):
+        cache, logits, more = model.begin(params, 3, 2 * T, dtype=dtype), [], given
+        for part in (slice(0, T), *(slice(i, i + 1) for i in range(T, 2 * T))):
+            out = apply(params, **{f"{its}input_ids": ids[:, part], **more}, cache=cache)
+            cache, more = out["cache"], {}
+            logits.append(np.asarray(out["logits"]))
+        found[dtype] = np.concatenate(logits, 1)
+        assert (jnp.int8 in {leaf.dtype for leaf in jax.tree.leaves(cache)}) == (dtype == "int8")
+    apart = np.abs(found["int8"] - found[None]).max()
+    assert 0 < apart < REACH * np.abs(found[None]).max()
+    start = given if name in PAIRS else {"input_ids": prompts()}
+    written = [
+        np.asarray(generate(model, params, **start, max_new_tokens=NEW, temperature=0, cache_dtype=dtype)) for dtype in (None, "int8")
+    ]
+    assert (written[0] == written[1]).mean() >= AGREE
+
+
+def test_a_cache_in_int8_on_a_mesh():
+    name = "llama with grouped queries"
+    model, params, _ = made(name)
+    want = generate(model, params, prompts(4), max_new_tokens=NEW, temperature=0, cache_dtype="int8")
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    laid = jax.device_put(params, sharding.shardings(model.shapes(), model.axes, mesh))
+    with sharding.tracing_on(mesh):
+        got = generate(model, laid, prompts(4), max_new_tokens=NEW, temperature=0, cache_dtype="int8")
+    np.testing.assert_array_equal(got, want)
+
+
+def test_bytes_of_a_cache():
+    """Of heads of 64: 68 bytes a token and head, where float32 has 256 and bfloat16 128; and a segment each token, an index each layer."""
+    model = models.create("llama", size="tiny", num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
+    size = lambda dtype: trees.nbytes(jax.eval_shape(functools.partial(model.begin, {}, 4, 100, dtype=dtype)))
+    assert {dtype: size(dtype) for dtype in ("int8", "bfloat16", "float32")} == {
+        dtype: 3 * (4 * 100 * (2 * 2 * head + 4) + 4) for dtype, head in (("int8", 68), ("bfloat16", 128), ("float32", 256))
+    }
+    assert size("float32") > 3.7 * size("int8")
+
+
 def test_after_eos_a_row_repeats_it():
     name = "gpt2"
     model, params, _ = made(name)
@@ -221,6 +269,7 @@ MISTAKES = {
     "nothing asked for": (dict(temperature=0, max_new_tokens=0), "max_new_tokens"),
     "temperature below 0": (dict(temperature=-1.0, rng=jax.random.key), "temperature"),
     "top_k of nothing": (dict(rng=jax.random.key, top_k=0), "top_k"),
+    "a cache of no such dtype": (dict(temperature=0, cache_dtype="int9"), "unknown cache dtype 'int9'; there are 'int8'"),
     "top_p of nothing": (dict(rng=jax.random.key, top_p=0.0), "top_p"),
 }
 

@@ -138,6 +138,19 @@ def test_a_memory_is_remembered():
         apply(X)
 
 
+@pytest.mark.parametrize("dtype", nn.CACHES)
+def test_what_a_cache_holds(dtype):
+    """As near as its dtype says, zeros included, however large one head is beside another; room for it has the same parts."""
+    x = np.random.default_rng(3).normal(size=(2, 3, K, H)).astype(np.float32) * [[1.0], [300.0]]
+    x[0, 1] = 0
+    there = nn.held(jnp.asarray(x, jnp.float32), dtype)
+    step = np.abs(x).max(-1, keepdims=True) / 127.5 if dtype == "int8" else 2 * np.abs(x) * float(jnp.finfo(dtype).eps)
+    np.testing.assert_array_less(np.abs(np.asarray(weights.dense(there), np.float32) - x), step / 2 + 1e-5 * np.abs(x) + 1e-30)
+    room = nn.empty(x.shape, dtype)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(room)] == [(a.shape, a.dtype) for a in jax.tree.leaves(there)]
+    assert not weights.dense(room).any() and weights.dense(room).shape == x.shape
+
+
 # T5's buckets by the paper's words, with 8 buckets up to 10: distances that share one
 BUCKETS = {
     # the past of each query 0, 1, 2, 3 in 8 buckets, then 4 of equal ratio (10 / 4)^(1/4) = 1.257: from 4, 5.03, 6.32, 7.95; all of the future is 0
@@ -387,6 +400,7 @@ def test_a_weight_that_is_already_there_passes_untouched():
 MISTAKES = {
     "activation": (lambda: made(nn.Mlp(8, "swish"), X), "unknown activation 'swish'; there are "),
     "remat": (lambda: made(Stack(remat="some"), X), "unknown remat 'some'; there are "),
+    "cache": (lambda: nn.empty((1, 2), "int9"), "unknown cache dtype 'int9'; there are 'int8'"),
     "heads": (lambda: nn.head_width(30, 4), "a width of 30 does not divide over 4 heads; nearest is 28"),
 }
 

@@ -303,6 +303,9 @@ def test_what_stands_before_a_text_stands_before_what_is_written(family, method)
     np.testing.assert_array_equal(got, text[:, T:])
     padded, mask = jnp.pad(ids, ((0, 0), (2, 0))), jnp.pad(jnp.ones_like(ids), ((0, 0), (2, 0)))
     np.testing.assert_array_equal(generate(tuned.model, params, padded, attention_mask=mask, max_new_tokens=3, temperature=0), got)
+    held = jax.eval_shape(lambda params: tuned.model.begin(params, len(ids), 4, dtype="int8"), params)
+    assert held["k"].qvalue.shape[2] == P + 4 and held["k"].scale.shape == (*held["k"].qvalue.shape[:-1], 1)
+    generate(tuned.model, params, ids, max_new_tokens=3, temperature=0, cache_dtype="int8")
     plain = generate(model, made(family)[1], ids, max_new_tokens=3, temperature=0)
     assert not np.array_equal(got, plain)  # else nothing of it was there
     if family == "gpt2":

@@ -60,10 +60,10 @@ class Seq2Seq(nn.Module):
         decoder = {} if self.decoder is None else names.below("decoder", self.decoder.places())
         return {**names.below("encoder", self.encoder.places()), **decoder}
 
-    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+    def empty_cache(self, batch: int, length: int, dtype: str | None = None) -> dict[str, Any]:
         """The decoder's."""
         assert self.decoder is not None
-        return self.decoder.empty_cache(batch, length)
+        return self.decoder.empty_cache(batch, length, dtype)
 
     @nn.compact
     def __call__(

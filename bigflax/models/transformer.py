@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import ops
-from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, RelativeBias, dropout, stack, weight
+from bigflax.nn import NORMAL, Attention, Initializer, Linear, Mlp, Moe, Norm, RelativeBias, dropout, empty, stack, weight
 from bigflax.sharding import constrain
 from bigflax.weights import rows
 
@@ -224,14 +224,15 @@ class Transformer(nn.Module):
         """The inputs of a small call, as ShapeDtypeStructs by name."""
         return self.embed.example()
 
-    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
-        """Keys and values for `length` tokens in all, in the activations' dtype, with the leading layer axis that `stack` slices. What is made of a
-        memory, where the layers look at one, is empty until the first call is given it."""
+    def empty_cache(self, batch: int, length: int, dtype: str | None = None) -> dict[str, Any]:
+        """Keys and values for `length` tokens in all, in a `dtype` of nn.CACHES, by default the activations', with the leading layer axis that `stack`
+        slices. What is made of a memory, where the layers look at one, is empty until the first call is given it."""
         block, layers = self.groups[0].blocks[0], sum(group.layers for group in self.groups)
+        dtype = self.embed.dtype if dtype is None else dtype
 
-        def keys(attention: Attention, length: int) -> dict[str, jax.Array]:
-            kv, dtype = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim), self.embed.dtype
-            return {"k": jnp.zeros(kv, dtype), "v": jnp.zeros(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
+        def keys(attention: Attention, length: int) -> dict[str, Any]:
+            kv = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim)
+            return {"k": empty(kv, dtype), "v": empty(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
 
         own = {**keys(block.attention, length), "index": jnp.zeros(layers, jnp.int32)}
         return own if block.cross is None else {"own": own, "cross": keys(block.cross, 0)}

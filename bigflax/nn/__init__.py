@@ -15,7 +15,7 @@ values come back among the outputs (models/convnet.py).
 Left out on purpose: mutable collections and lazily inferred shapes of outputs (a shape is written or follows from the input).
 """
 
-from bigflax.nn.attention import Attention, RelativeBias, Rope, head_width, write_cache
+from bigflax.nn.attention import CACHES, Attention, RelativeBias, Rope, empty, head_width, held, write_cache
 from bigflax.nn.fence import (
     KEY,
     NORMAL,
@@ -35,6 +35,6 @@ from bigflax.nn.fence import (
 from bigflax.nn.layers import ACTIVATIONS, Linear, Mlp, Moe, Norm
 
 __all__ = [
-    "ACTIVATIONS", "KEY", "NORMAL", "REMAT", "Attention", "Initializer", "Linear", "Mlp", "Model", "Moe", "Norm", "RelativeBias", "Rope", "dropout",
-    "head_width", "model", "normal", "ones", "pick", "stack", "walking", "weight", "write_cache", "zeros",
+    "ACTIVATIONS", "CACHES", "KEY", "NORMAL", "REMAT", "Attention", "Initializer", "Linear", "Mlp", "Model", "Moe", "Norm", "RelativeBias", "Rope",
+    "dropout", "empty", "head_width", "held", "model", "normal", "ones", "pick", "stack", "walking", "weight", "write_cache", "zeros",
 ]  # fmt: skip

@@ -1,9 +1,14 @@
 """Attention of a layer: queries, keys and values of states, positions in them or beside them, and the cache that decoding writes.
 
+A cache holds keys and values in the dtype that it began with, "int8" among them: codes with one float32 scale for each token and head, 1 + 4 / H bytes
+a number. Attention reads them as floats again, which XLA fuses into its products. Left out on purpose: keys with a scale for each channel (KIVI: Liu et
+al. 2024, arXiv 2402.02750), which want to be rounded many tokens at a time.
+
 Legend: B batch, T time, S key time, D width, N heads, K kv heads, H head width.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +18,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bigflax import ops
-from bigflax.nn.fence import NORMAL, Initializer, dropout, weight, zeros
+from bigflax.nn.fence import NORMAL, Initializer, dropout, pick, weight, zeros
 from bigflax.nn.layers import Norm
 from bigflax.sharding import constrain
+from bigflax.weights import dense, is_typed, quantize
 
 
 def head_width(features: int, heads: int) -> int:
@@ -75,7 +81,7 @@ class Attention(nn.Module):
     """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
 
     `__call__(x, cache, positions=, q_segments=, kv_segments=, bias=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
-    "segments": [B, S]}` for one layer: new keys and values are written at `index`, and attention runs over all that is written. `bias`
+    "segments": [B, S]}` for one layer: new keys and values are written at `index`, as they are `held`, and attention runs over all that is written. `bias`
     [1 or B, N, T, S] is added to the logits.
 
     A `cross` attention looks at `memory` [B, S, D'], another sequence's states; its cache, `{"k", "v", "segments"}`, keeps what was made of
@@ -117,7 +123,7 @@ class Attention(nn.Module):
                 q_BTNH, k_BSKH = self.rope(q_BTNH, at), self.rope(k_BSKH, at)
             if cache is not None:
                 cache = write_cache(cache, k_BSKH, v_BSKH, kv_segments)
-                k_BSKH, v_BSKH, kv_segments = cache["k"], cache["v"], cache["segments"]
+                k_BSKH, v_BSKH, kv_segments = dense(cache["k"]), dense(cache["v"]), cache["segments"]
                 # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
                 places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
         q_BTNH, k_BSKH, v_BSKH = constrain(q_BTNH, "batch", "seq", "heads", None), k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype)
@@ -142,11 +148,11 @@ class Attention(nn.Module):
         if memory is None:
             if cache is None:
                 raise ValueError("a decoder that looks at an encoder's states was given none: pass the encoder's inputs too")
-            return cache["k"], cache["v"], cache["segments"], cache
+            return dense(cache["k"]), dense(cache["v"]), cache["segments"], cache
         k_BSKH, v_BSKH = self._keys(memory)
         if cache is not None:
             segments = jnp.ones(memory.shape[:2], jnp.int32) if segments is None else segments
-            cache = {"k": k_BSKH.astype(cache["k"].dtype), "v": v_BSKH.astype(cache["v"].dtype), "segments": segments}
+            cache = {"k": like(cache["k"], k_BSKH), "v": like(cache["v"], v_BSKH), "segments": segments}
         return k_BSKH, v_BSKH, segments, cache
 
     def _normed(self, name, x_BTNH):
@@ -163,14 +169,42 @@ class Attention(nn.Module):
         return y_BTNH + weight(self, f"{name}_bias", (heads, self.head_dim), f"{axis} head_dim", zeros).astype(y_BTNH.dtype)
 
 
-def write_cache(cache: dict[str, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, jax.Array]:
+# dtype of a cache -> what it holds of keys or values [..., H]
+CACHES: dict[str, Callable[[jax.Array], Any]] = {
+    "float32": lambda x: x.astype(jnp.float32),
+    "bfloat16": lambda x: x.astype(jnp.bfloat16),
+    "float16": lambda x: x.astype(jnp.float16),
+    "int8": lambda x: quantize(x.astype(jnp.float32), "int8", axes=f"{' '.join('_' * (x.ndim - 1))} <- head_dim"),
+}
+
+
+def held(x: jax.Array, dtype: str) -> Any:
+    """Keys or values [..., H] as a cache of a dtype of CACHES holds them: an array, or of "int8" a Quantized q with abs(x - dense(q)) <= q.scale / 2,
+    where q.scale is [..., 1]. Raises ValueError for another dtype."""
+    return pick(CACHES, dtype, "cache dtype")(x)
+
+
+def like(old: Any, x: jax.Array) -> Any:
+    """x as `old`, a cache's keys or values, holds them."""
+    return held(x, "int8" if is_typed(old) else str(old.dtype))
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> Any:
+    """Room for keys or values of this shape, [..., H]: zeros."""
+    return jax.tree.map(
+        lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(lambda: held(jnp.zeros(shape), dtype))
+    )
+
+
+def write_cache(cache: dict[str, Any], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, Any]:
     """The cache with T more keys and values at `index`. Segment 0 marks what is not to be attended to: padding, and what is not written yet."""
     at = cache["index"]
     put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=1)
+    keep = lambda old, new: jax.tree.map(put, old, like(old, new))
     segments = jnp.ones(k_BTKH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
     return {
-        "k": put(cache["k"], k_BTKH),
-        "v": put(cache["v"], v_BTKH),
+        "k": keep(cache["k"], k_BTKH),
+        "v": keep(cache["v"], v_BTKH),
         "segments": put(cache["segments"], segments),
         "index": at + k_BTKH.shape[1],
     }

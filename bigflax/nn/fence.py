@@ -100,9 +100,7 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str | None = None  # the folder it was loaded from
     shaped: Any = None
-    begin: Callable[[Any, int, int], Any] | None = (
-        None  # (params, batch, length) -> the cache that decoding begins with; None: an empty one
-    )
+    begin: Callable[..., Any] | None = None  # (params, batch, length, dtype=None) -> the cache that decoding begins with (nn.CACHES)
 
     def shapes(self) -> Any:
         """The tree of ShapeDtypeStructs that `init` would make."""
@@ -128,7 +126,7 @@ def model(module: nn.Module, **example: Any) -> Model:
     def apply(params: Any, *, rng: jax.Array | None = None, **inputs: Any) -> dict[str, Any]:
         return module.apply({"params": params}, rngs=None if rng is None else {"dropout": rng}, **inputs)  # type: ignore[return-value]
 
-    begin = (lambda params, batch, length: module.empty_cache(batch, length)) if hasattr(module, "empty_cache") else None
+    begin = (lambda params, *given, **how: module.empty_cache(*given, **how)) if hasattr(module, "empty_cache") else None
     return Model(init, apply, axes, module, shaped=shaped, begin=begin)
 
 

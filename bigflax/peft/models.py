@@ -61,11 +61,11 @@ def prompt(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
 
     tokens_of = lambda params: V + jnp.arange(weights.rows(params["embed"]["tokens"]) - V)
 
-    def begin(params, batch, length):
+    def begin(params, batch, length, dtype=None):
         ids_P = tokens_of(params)
         _fits(reader, "a prompt", len(ids_P), length)
         assert model.begin is not None
-        cache = model.begin(params, batch, len(ids_P) + length)
+        cache = model.begin(params, batch, len(ids_P) + length, dtype)
         ids = jnp.broadcast_to(ids_P, (batch, len(ids_P)))
         return model.apply(params, input_ids=ids, attention_mask=jnp.ones_like(ids), cache=cache)["cache"]
 
@@ -129,10 +129,10 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         raise ValueError("a prefix has keys of one shape for all layers, and this model's layers differ or look at another sequence too")
     L, (K, H), dtype = sum(group.layers for group in model.module.groups), kinds.pop(), model.module.embed.dtype
 
-    def cache_of(k_LPKH, v_LPKH, B, T):
+    def cache_of(k_LPKH, v_LPKH, B, T, kind=None):
         P = k_LPKH.shape[1]
         longer = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, T), *((0, 0),) * (x.ndim - 3)))
-        grow = lambda x: longer(jnp.broadcast_to(x[:, None].astype(dtype), (L, B, P, K, H)))
+        grow = lambda x: jax.tree.map(longer, nn.held(jnp.broadcast_to(x[:, None].astype(dtype), (L, B, P, K, H)), kind or dtype))
         segments = longer(jnp.ones((L, B, P), jnp.int32))
         return {"k": grow(k_LPKH), "v": grow(v_LPKH), "segments": segments, "index": jnp.full(L, P, jnp.int32)}
 
@@ -146,13 +146,13 @@ def prefix(model: Model, params: Any, tokens: int, *, rng: Array, words: Any = N
         )
         made = {name: seen["cache"][name][:, 0].astype(jnp.float32) for name in ("k", "v")}
 
-    def begin(params, batch, length):
+    def begin(params, batch, length, dtype=None):
         k_LPKH, v_LPKH = params["prefix"]["k"], params["prefix"]["v"]
         P = k_LPKH.shape[1]
         if k_LPKH.shape != (L, P, K, H):
             raise ValueError(f"a prefix {k_LPKH.shape} is for another model: this one has {L} layers with {K} heads of {H} for keys")
         _fits(model.module, "a prefix", P, length)
-        return cache_of(k_LPKH, v_LPKH, batch, length)
+        return cache_of(k_LPKH, v_LPKH, batch, length, dtype)
 
     def apply(params, *, rng=None, **inputs):
         _refuse(inputs, "a prefix")
