@@ -96,12 +96,30 @@ ATTENTIONS = {  # name -> (module, the same for the hand, inputs)
 @pytest.mark.parametrize("module, options, inputs", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_attention(module, options, inputs):
     params, apply = made(module, X, **({"memory": MEMORY} if module.cross else {}))
-    y, cache = apply(X, **inputs)
-    assert cache is None
+    y, seen = apply(X, **inputs)
+    assert seen == {"cache": None}
     biases = {"q_bias", "k_bias", "v_bias"} - ({"k_bias"} if module.k_bias is False else set()) if module.bias else set()
     biases |= {"out_bias"} if module.bias and module.out_bias is None else set()
     assert {name for name in params if name.endswith("bias")} == biases
     np.testing.assert_allclose(y, attention_by_hand(params, X, **options), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_what_attention_saw(name):
+    """Its map weighs the values to what comes out, and y is what it is unasked; queries, keys and values are those before the rotation."""
+    module, _, inputs = ATTENTIONS[name]
+    params, apply = made(module, X, **({"memory": MEMORY} if module.cross else {}))
+    y, seen = jax.jit(lambda params: module.apply({"params": params}, X, keep=("attentions", "qkv"), **inputs))(params)
+    np.testing.assert_allclose(y, apply(X, **inputs)[0], **CLOSE)
+    of = lambda x, n: np.einsum("btd,dnh->btnh", x, params[n]) + np.asarray(params.get(f"{n}_bias", 0))
+    v = np.repeat(of(MEMORY if module.cross else X, "v"), N // (module.kv_heads or N), 2)
+    summed = np.einsum("bnts,bsnh,nhd->btd", seen["attentions"], v, params["out"]) + np.asarray(params.get("out_bias", 0))
+    np.testing.assert_allclose(summed, y, **CLOSE)
+    assert seen["attentions"].dtype == jnp.float32
+    assert ("qkv" in seen) != module.cross
+    if not module.cross and module.norm is None:
+        for n, x in seen["qkv"].items():
+            np.testing.assert_allclose(x, of(X, n), **CLOSE)
 
 
 def test_attention_in_pieces_through_a_cache_is_attention_at_once():
@@ -115,7 +133,8 @@ def test_attention_in_pieces_through_a_cache_is_attention_at_once():
     cache = {"k": jnp.full(kv, 9.0), "v": jnp.full(kv, 9.0), "segments": jnp.zeros(kv[:2], jnp.int32), "index": jnp.zeros((), jnp.int32)}
     for part in (slice(0, 4), slice(4, 5), slice(5, 6)):
         ones = np.ones_like(mask[:, part])
-        y, cache = apply(X[:, part], cache, positions=at[:, part], q_segments=ones, kv_segments=mask[:, part])
+        y, seen = apply(X[:, part], cache, positions=at[:, part], q_segments=ones, kv_segments=mask[:, part])
+        cache = seen["cache"]
         np.testing.assert_allclose(y, want[:, part], **CLOSE)
     assert int(cache["index"]) == T
     np.testing.assert_array_equal(cache["segments"][:, T:], 0)
@@ -127,13 +146,14 @@ def test_a_memory_is_remembered():
     params, apply = made(nn.Attention(N, H, causal=False, cross=True), X, memory=MEMORY)
     empty = {"k": jnp.zeros((B, 0, N, H)), "v": jnp.zeros((B, 0, N, H)), "segments": jnp.zeros((B, 0), jnp.int32)}
     want = attention_by_hand(params, X, causal=False, memory=MEMORY, seen=np.repeat(REAL[:, None], T, 1))
-    y, cache = apply(X[:, :4], empty, memory=MEMORY, kv_segments=REAL)
+    y, seen = apply(X[:, :4], empty, memory=MEMORY, kv_segments=REAL)
     np.testing.assert_allclose(y, want[:, :4], **CLOSE)
+    cache = seen["cache"]
     y, again = apply(X[:, 4:], cache)
     np.testing.assert_allclose(y, want[:, 4:], **CLOSE)
-    assert cache["k"].shape == (B, 4, N, H) and jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), cache, again))
+    assert cache["k"].shape == (B, 4, N, H) and jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), cache, again["cache"]))
     _, whole = apply(X, empty, memory=MEMORY)
-    np.testing.assert_array_equal(whole["segments"], 1)
+    np.testing.assert_array_equal(whole["cache"]["segments"], 1)
     with pytest.raises(ValueError, match="was given none"):
         apply(X)
 

@@ -241,10 +241,13 @@ def test_words_as_a_prompt_are_the_words(family):
     tuned = peft.prompt(model, params, P, rng=KEY, words=words)
     front = {"input_ids": words, "attention_mask": words * 0 + 1, "token_type_ids": words * 0}
     whole = {name: jnp.concatenate([jnp.broadcast_to(front[name], (B, P)), x], 1) for name, x in inputs.items()}
-    run = lambda model, params, inputs: jax.jit(lambda params, inputs: model.apply(params, hidden_states=True, **inputs))(params, inputs)
+    asked = dict(hidden_states=True, attentions=True, qkv=True)
+    run = lambda model, params, inputs: jax.jit(lambda params, inputs: model.apply(params, **asked, **inputs))(params, inputs)
     want, got = run(model, params, whole), run(tuned.model, tuned.params, inputs)
     np.testing.assert_array_equal(got["last_hidden_state"], want["last_hidden_state"][:, P:])
     np.testing.assert_array_equal(got["hidden_states"][1], want["hidden_states"][1][:, P:])
+    np.testing.assert_array_equal(got["attentions"][1], want["attentions"][1][:, :, P:])
+    np.testing.assert_array_equal(got["qkv"][1]["k"], want["qkv"][1]["k"][:, P:])
     np.testing.assert_array_equal(got["logits"], want["logits"] if family == "bert" else want["logits"][:, P:])
     moved = run(tuned.model, tuned.params, {**inputs, "position_ids": jnp.arange(T)[None]})
     np.testing.assert_array_equal(moved["logits"], got["logits"])
@@ -259,7 +262,8 @@ def test_words_as_a_prompt_of_a_pair_are_the_encoders(family, head):
     tuned = peft.prompt(model, params, P, rng=KEY, words=words)
     front = {"input_ids": words, "attention_mask": words * 0 + 1}
     whole = {name: jnp.concatenate([jnp.broadcast_to(front[name], (B, P)), x], 1) for name, x in inputs.items()}
-    run = lambda model, params, inputs: jax.jit(lambda params, inputs: model.apply(params, hidden_states=True, **inputs))(params, inputs)
+    asked = dict(hidden_states=True, attentions=True, qkv=True)
+    run = lambda model, params, inputs: jax.jit(lambda params, inputs: model.apply(params, **asked, **inputs))(params, inputs)
     want, got = run(model, params, whole | own), run(tuned.model, tuned.params, inputs | own)
     cut = lambda x: x if own or x.shape[1] != P + T else x[:, P:]
     np.testing.assert_array_equal(got["encoder_last_hidden_state"], want["encoder_last_hidden_state"][:, P:])
@@ -267,6 +271,8 @@ def test_words_as_a_prompt_of_a_pair_are_the_encoders(family, head):
     for name in {"last_hidden_state", "logits", "start_logits", "end_logits"} & {*want}:
         np.testing.assert_array_equal(got[name], cut(want[name]))
     np.testing.assert_array_equal(got["decoder_hidden_states"][1], cut(want["decoder_hidden_states"][1]))
+    np.testing.assert_array_equal(got["encoder_attentions"][1], want["encoder_attentions"][1][:, :, P:])
+    np.testing.assert_array_equal(got["cross_attentions"][1], want["cross_attentions"][1][:, :, 0 if own else P :])
     if own:
         write = lambda model, params, inputs: generate(model, params, **inputs, max_new_tokens=3, temperature=0)
         np.testing.assert_array_equal(write(tuned.model, tuned.params, inputs), write(model, params, whole))

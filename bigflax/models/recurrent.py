@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, keep=False, kv_segments=None, **_):
+    def __call__(self, x_BTD, cache=None, *, keep=(), kv_segments=None, **_):
         if cache is not None:
             raise ValueError("recurrent layers keep no cache: compute the whole sequence at each token")
         segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32) if kv_segments is None else kv_segments
@@ -89,5 +89,5 @@ class Recurrent(nn.Module):
         run = lambda name, backwards: Direction(self.cell, self.features, self.init, backwards, name=name)(x_BTD, segments_BT)
         y_BTD = jnp.concatenate([run("forward", False), run("backward", True)], -1) if self.both else run("forward", False)
         y_BTD = constrain(y_BTD, "batch", "seq", None)
-        seen: dict[str, Any] = {"cache": None, "hidden": y_BTD if keep else None}
+        seen: dict[str, Any] = {"cache": None, "hidden": y_BTD if "hidden" in keep else None}
         return y_BTD, seen

@@ -3,8 +3,8 @@
     Seq2Seq(Table(V, D), encoder=Transformer(...), decoder=Transformer(..., blocks with a cross attention ...), head=LmHead(V))
 
 Inputs: `input_ids` or `input_features` (speech.py) and `attention_mask` of the encoder; `decoder_input_ids` and `decoder_attention_mask`.
-Outputs: `last_hidden_state` of the decoder, `encoder_last_hidden_state`, the head's, and on request `encoder_hidden_states`,
-`decoder_hidden_states` and `cache`. Labels lie beside the tokens that they follow: `decoder_input_ids` is `shift_right(labels)`.
+Outputs: `last_hidden_state` of the decoder, `encoder_last_hidden_state`, the head's, and on request `cache`, `encoder_hidden_states` and
+`decoder_hidden_states`, `encoder_attentions`, `decoder_attentions` and `cross_attentions`, `encoder_qkv` and `decoder_qkv`. Labels lie beside the tokens that they follow: `decoder_input_ids` is `shift_right(labels)`.
 Pairs packed into rows bear `segment_ids` and `decoder_segment_ids`: a target sees its own source.
 
 Left out on purpose: caches of an encoder's states between calls; decoding (generate.py) keeps the keys and values made of them instead.
@@ -69,16 +69,17 @@ class Seq2Seq(nn.Module):
     def __call__(
         self, input_ids=None, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None, *, input_features=None,
         position_ids=None, segment_ids=None, decoder_position_ids=None, decoder_segment_ids=None, cache=None, logits=True, hidden_states=False,
+        attentions=False, qkv=False,
     ):  # fmt: skip
         table, encoded = self.embed(), {}
+        asked = {"hidden_states": hidden_states, "attentions": attentions, "qkv": qkv}
         if input_features is not None and attention_mask is not None:
             raise ValueError("input_features go without attention_mask: silence is a part of them, and the encoder hears it")
         if segment_ids is not None and self.decoder is not None and decoder_segment_ids is None:
             raise ValueError("sources packed by segment_ids need decoder_segment_ids, which say whose target is where")
         if input_ids is not None or input_features is not None or cache is None:  # else what was made of it is in the cache
             encoded = self.encoder(
-                input_ids, attention_mask, position_ids=position_ids, segment_ids=segment_ids, input_features=input_features, table=table,
-                hidden_states=hidden_states,
+                input_ids, attention_mask, position_ids=position_ids, segment_ids=segment_ids, input_features=input_features, table=table, **asked,
             )  # fmt: skip
         memory, memory_segments = encoded.get("last_hidden_state"), attention_mask if segment_ids is None else segment_ids
         if self.decoder is None:
@@ -88,10 +89,10 @@ class Seq2Seq(nn.Module):
         decoded = self.decoder(
             self._read_again(input_ids) if decoder_input_ids is None else decoder_input_ids, decoder_attention_mask,
             position_ids=decoder_position_ids, segment_ids=decoder_segment_ids, memory=memory,
-            memory_segments=memory_segments, table=table, cache=cache, hidden_states=hidden_states,
+            memory_segments=memory_segments, table=table, cache=cache, **asked,
         )  # fmt: skip
         out = {f"encoder_{name}": x for name, x in encoded.items()}
-        out |= {f"decoder_{name}" if name == "hidden_states" else name: x for name, x in decoded.items()}
+        out |= {f"decoder_{name}" if name in asked else name: x for name, x in decoded.items()}
         if self.head is not None:
             real_BT = input_ids == self.eos if isinstance(self.head, SequenceHead) else None
             out |= finish(self.head(decoded["last_hidden_state"], table, real_BT), logits=logits)

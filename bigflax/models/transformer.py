@@ -5,7 +5,7 @@
 
 The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`,
 `position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request
-`hidden_states` and `cache`; a model of mixtures adds `aux_loss`, the load-balance loss, and where experts have a capacity `dropped`,
+`cache` and, a layer each, `hidden_states`, `attentions` (with `cross_attentions` of a memory) and `qkv`; a model of mixtures adds `aux_loss`, the load-balance loss, and where experts have a capacity `dropped`,
 the share of choices that found no room. With `logits=False` the last product is left undone and
 `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
@@ -88,7 +88,8 @@ class Block(nn.Module):
     A `layer_scale` multiplies each f by a learned vector that begins so (CaiT: Touvron et al. 2021, 2103.17239); `drop_path` is the chance
     that an f is left out for a whole row in training.
 
-    Returns x and what the layer has to say beside it: {"hidden"} on request, the "cache" of one that was given, and "router" of a mixture.
+    Returns x and what the layer has to say beside it: the "cache" of one that was given, "router" of a mixture, and what `keep` names: "hidden",
+    "attentions" and "cross_attentions", "qkv" (of its own attention).
     """
 
     attention: Attention
@@ -101,17 +102,19 @@ class Block(nn.Module):
     drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, keep=False, memory=None, memory_segments=None, **where):
+    def __call__(self, x_BTD, cache=None, *, keep=(), memory=None, memory_segments=None, **where):
         seen: dict[str, Any] = {}
         own, other = (cache, None) if cache is None or self.cross is None else (cache["own"], cache["cross"])
 
         def attend(x_BTD):
-            y_BTD, seen["cache"] = self.attention(x_BTD, own, **where)
+            y_BTD, found = self.attention(x_BTD, own, keep=keep, **where)
+            seen.update(found)
             return y_BTD
 
         def look(cross, x_BTD):
-            y_BTD, new = cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments)
-            seen["cache"] = None if cache is None else {"own": seen["cache"], "cross": new}
+            y_BTD, found = cross(x_BTD, other, memory=memory, q_segments=where.get("q_segments"), kv_segments=memory_segments, keep=keep)
+            seen["cache"] = None if cache is None else {"own": seen["cache"], "cross": found["cache"]}
+            seen.update({"cross_attentions": found["attentions"]} if "attentions" in found else {})
             return y_BTD
 
         def think(x_BTD):
@@ -146,7 +149,7 @@ class Block(nn.Module):
                 else:
                     raise ValueError(f"unknown order of norms {self.order!r}; there are pre, post, output, sandwich and parallel")
         x_BTD = constrain(x_BTD, "batch", "between", None)
-        return x_BTD, {**seen, "hidden": x_BTD if keep else None}
+        return x_BTD, {**seen, "hidden": x_BTD if "hidden" in keep else None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Period(nn.Module):
     kinds: Group
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, keep=False, **where):
+    def __call__(self, x_BTD, cache=None, *, keep=(), **where):
         seen = []
         for i, block in enumerate(self.kinds.blocks):
             mine = None if cache is None else jax.tree.map(lambda part, i=i: part[i], cache)
@@ -240,7 +243,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, segment_ids=None, *, pixel_values=None,
-        input_features=None, memory=None, memory_segments=None, table=None, cache=None, logits=True, hidden_states=False,
+        input_features=None, memory=None, memory_segments=None, table=None, cache=None, logits=True, hidden_states=False, attentions=False, qkv=False,
     ):  # fmt: skip
         given = self._given(input_ids=input_ids, pixel_values=pixel_values, input_features=input_features)
         if cache is not None and position_ids is None:
@@ -253,7 +256,9 @@ class Transformer(nn.Module):
             if cache is not None:
                 start, S = cache_index(cache)[0], cache.get("own", cache)["k"].shape[2]
             where["bias"] = self.relative(T, S, start)
-        x_BTD, seen = self._run(x0_BTD, cache, keep=hidden_states, memory=memory, memory_segments=memory_segments, **where)
+        asked = {"hidden": hidden_states, "attentions": attentions, "qkv": qkv}
+        keep = tuple(name for name, wanted in asked.items() if wanted)
+        x_BTD, seen = self._run(x0_BTD, cache, keep=keep, memory=memory, memory_segments=memory_segments, **where)
         bare_BTD = x_BTD
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
@@ -261,6 +266,11 @@ class Transformer(nn.Module):
         if hidden_states:
             last_BTD = x_BTD if self.norm_states else bare_BTD
             out["hidden_states"] = (x0_BTD, *(seen["hidden"][i] for i in range(len(seen["hidden"]) - 1)), last_BTD)
+        if absent := [name for name in keep if name not in seen]:
+            raise ValueError(f"layers of this model have no {absent[0]} to give, for no attention is in them")
+        for name in ("attentions", "cross_attentions", "qkv"):
+            if name in seen:
+                out[name] = tuple(jax.tree.map(lambda x, i=i: x[i], seen[name]) for i in range(sum(group.layers for group in self.groups)))
         if cache is not None:
             out["cache"] = seen["cache"]
         if "router" in seen:

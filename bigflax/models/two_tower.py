@@ -8,7 +8,7 @@ may be missing: then only the other's embeddings come out. CLIP: Radford et al. 
     text_embeds, image_embeds [B, D]      of length 1, float32
     logits_per_text [B_text, B_image]     logit_scale * text . image (+ logit_bias), and transposed logits_per_image; not with `logits=False`
     logit_scale, logit_bias               learned numbers; the scale as it multiplies, the logarithm of which is learned
-    text_hidden_states, vision_hidden_states    on request, as transformer.py gives them
+    text_hidden_states, vision_hidden_states    on request, as transformer.py gives them; so too text_attentions, text_qkv ...
 
 Left out on purpose: losses (`tasks.contrastive`), and CLIP's ceiling of 100 for the scale, which its authors enforced between steps.
 """
@@ -44,21 +44,23 @@ class TwoTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids=None, attention_mask=None, position_ids=None, *, pixel_values=None, logits=True, hidden_states=False
-    ) -> dict[str, Any]:
+        self, input_ids=None, attention_mask=None, position_ids=None, *, pixel_values=None, logits=True, hidden_states=False,
+        attentions=False, qkv=False,
+    ) -> dict[str, Any]:  # fmt: skip
         if input_ids is None and pixel_values is None:
             raise ValueError("this model takes input_ids, pixel_values or both, not nothing")
         out: dict[str, Any] = {}
+        asked = {"hidden_states": hidden_states, "attentions": attentions, "qkv": qkv}
         if input_ids is not None:
-            said = self.text(input_ids, attention_mask, position_ids=position_ids, hidden_states=hidden_states)
+            said = self.text(input_ids, attention_mask, position_ids=position_ids, **asked)
             pooled_BD = said["last_hidden_state"][jnp.arange(len(input_ids)), end_of(input_ids, self.end)]
             out["text_embeds"] = unit(pooled_BD if self.text_project is None else self.text_project(pooled_BD))
-            out |= {"text_hidden_states": said["hidden_states"]} if hidden_states else {}
+            out |= {f"text_{name}": said[name] for name in asked if name in said}
         if pixel_values is not None:
-            seen = self.vision(pixel_values=pixel_values, hidden_states=hidden_states)
+            seen = self.vision(pixel_values=pixel_values, **asked)
             pooled_BD = seen["pooler_output"]
             out["image_embeds"] = unit(pooled_BD if self.image_project is None else self.image_project(pooled_BD))
-            out |= {"vision_hidden_states": seen["hidden_states"]} if hidden_states else {}
+            out |= {f"vision_{name}": seen[name] for name in asked if name in seen}
         out["logit_scale"] = jnp.exp(weight(self, "logit_scale", (), "", nn.initializers.constant(self.scale)).astype(jnp.float32))
         if self.bias is not None:
             out["logit_bias"] = weight(self, "logit_bias", (), "", nn.initializers.constant(self.bias)).astype(jnp.float32)

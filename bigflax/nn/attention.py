@@ -80,9 +80,15 @@ class RelativeBias(nn.Module):
 class Attention(nn.Module):
     """Multi-head or grouped-query attention, with optional rotary positions, QK-norm, window and soft cap.
 
-    `__call__(x, cache, positions=, q_segments=, kv_segments=, bias=)` returns `(y, cache)`. A cache is `{"k", "v": [B, S, K, H], "index": [],
-    "segments": [B, S]}` for one layer: new keys and values are written at `index`, as they are `held`, and attention runs over all that is written. `bias`
-    [1 or B, N, T, S] is added to the logits.
+    `__call__(x, cache, positions=, q_segments=, kv_segments=, bias=, keep=)` returns y and what else there is to see. `bias` [1 or B, N, T, S] is added to
+    the logits.
+
+    `seen["cache"]` is the new one, or None where none was given. A cache is `{"k", "v": [B, S, K, H], "index": [], "segments": [B, S]}` for one layer:
+    new keys and values are written at `index`, as they are `held`, and attention runs over all that is written.
+
+    `keep` asks for more. "attentions": [B, N, T, S] float32, how much each query weighs each key (ops.attention_weights: computed beside y, which stays
+    what it is). "qkv": `{"q": [B, T, N, H], "k", "v": [B, T, K, H]}` of these states alone, biased and normed but not rotated: a rotation turns pairs of
+    numbers, which whoever compares parts of a head may tear apart.
 
     A `cross` attention looks at `memory` [B, S, D'], another sequence's states; its cache, `{"k", "v", "segments"}`, keeps what was made of
     the memory, and where `memory` is None serves instead of it. `kv_segments` are then those of the memory; without `q_segments` each
@@ -109,8 +115,11 @@ class Attention(nn.Module):
     out_init: Initializer = NORMAL
 
     @nn.compact
-    def __call__(self, x_BTD, cache=None, *, memory=None, positions=None, q_segments=None, kv_segments=None, bias=None):
-        D, N, H, T, places = x_BTD.shape[-1], self.heads, self.head_dim, x_BTD.shape[1], {}
+    def __call__(
+        self, x_BTD, cache=None, *, memory=None, positions=None, q_segments=None, kv_segments=None, bias=None, keep=()
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        D, N, H, T, seen = x_BTD.shape[-1], self.heads, self.head_dim, x_BTD.shape[1], {}
+        options: dict[str, Any] = dict(causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap, bias=bias)
         q_BTNH = self._normed("q_norm", self._project(x_BTD, "q", N, "heads", self.bias, self.q_init or self.init))
         if self.cross:
             k_BSKH, v_BSKH, kv_segments, cache = self._recall(memory, kv_segments, cache)
@@ -118,6 +127,8 @@ class Attention(nn.Module):
                 q_segments = None if kv_segments is None else jnp.ones(x_BTD.shape[:2], jnp.int32)
         else:
             k_BSKH, v_BSKH = self._keys(x_BTD)
+            if "qkv" in keep:
+                seen["qkv"] = {"q": q_BTNH, "k": k_BSKH, "v": v_BSKH}
             if self.rope is not None:
                 at = jnp.arange(T)[None] if positions is None else positions
                 q_BTNH, k_BSKH = self.rope(q_BTNH, at), self.rope(k_BSKH, at)
@@ -125,17 +136,17 @@ class Attention(nn.Module):
                 cache = write_cache(cache, k_BSKH, v_BSKH, kv_segments)
                 k_BSKH, v_BSKH, kv_segments = dense(cache["k"]), dense(cache["v"]), cache["segments"]
                 # Order, not position, decides what is past: a prompt padded on the left starts at position 0 behind its padding.
-                places = {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
+                options |= {"q_positions": (cache["index"] - T + jnp.arange(T))[None], "kv_positions": jnp.arange(k_BSKH.shape[1])[None]}
+        options |= {"q_segments": q_segments, "kv_segments": kv_segments}
         q_BTNH, k_BSKH, v_BSKH = constrain(q_BTNH, "batch", "seq", "heads", None), k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype)
-        y_BTNH = ops.attention(
-            q_BTNH, k_BSKH, v_BSKH, causal=self.causal, window=self.window, q_segments=q_segments, kv_segments=kv_segments,
-            scale=self.scale, softcap=self.softcap, bias=bias, **places,
-        )  # fmt: skip
+        y_BTNH = ops.attention(q_BTNH, k_BSKH, v_BSKH, **options)
+        if "attentions" in keep:
+            seen["attentions"] = constrain(ops.attention_weights(q_BTNH, k_BSKH, **options), "batch", "heads", "seq", None)
         y_BTD = ops.einsum("btnh,nhd->btd", y_BTNH, weight(self, "out", (N, H, D), "heads head_dim -> embed", self.out_init))
         y_BTD = checkpoint_name(y_BTD, "product")
         if self.bias if self.out_bias is None else self.out_bias:
             y_BTD += weight(self, "out_bias", (D,), "norm", zeros).astype(y_BTD.dtype)
-        return dropout(self, y_BTD, self.dropout), cache
+        return dropout(self, y_BTD, self.dropout), {"cache": cache, **seen}
 
     def _keys(self, x_BSD):
         """Keys, normed where asked for but not yet rotated, and values: both [B, S, K, H]."""

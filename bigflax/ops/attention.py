@@ -16,8 +16,9 @@ Where the layout lays a sequence over several devices, context.py has them share
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762); Ainslie et al. 2023 (grouped queries, 2305.13245); Gemma 2 (softcap, 2408.00118).
 
-Left out on purpose: dropout on the weights (recent models have none), returning the weights (`explain` does, from the reference), and cuDNN
-where a sequence lies over several devices.
+`attention_weights` gives the softmax itself, by the reference: no fast path ever holds it.
+
+Left out on purpose: dropout on the weights (recent models have none), and cuDNN where a sequence lies over several devices.
 
 Shapes: B batch, T query time, S key time, N heads, K kv heads, G = N / K query heads a kv head, H head width, Z 1 or B.
 """
@@ -80,6 +81,27 @@ def attention(
     return checkpoint_name(xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, softcap, bias), SAVED)
 
 
+def attention_weights(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """What `attention` with the same arguments weighs the values by: [B, N, T, S] float32, each row a distribution over the keys that it may see, or
+    zeros where it may see none."""
+    _check(q_BTNH, k_BSKH, k_BSKH, window, q_segments, kv_segments)
+    mask = Mask(causal, window, *map(_rows, (q_segments, kv_segments, q_positions, kv_positions)))
+    return _weights(q_BTNH, k_BSKH, mask, 1 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale, softcap, bias)
+
+
 def _choose(implementation: str | None) -> str:
     """The implementation that runs. Raises ValueError for an unknown one, for cuDNN away from a GPU, and for splash on one."""
     backend = platform()
@@ -112,9 +134,13 @@ def _rows(ids: jax.Array | None) -> jax.Array | None:
 
 def _reference(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: jax.Array | None) -> jax.Array:
     """The definition, all of it in float32: what the tests hold the others to."""
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    groups = q.shape[2] // k.shape[2]
-    k32, v32 = jnp.repeat(k32, groups, 2), jnp.repeat(v32, groups, 2)
+    v32 = jnp.repeat(v.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
+    weights_BNTS = _weights(q, k, mask, scale, softcap, bias)
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v32, precision="highest").astype(q.dtype)
+
+
+def _weights(q, k, mask: Mask, scale: float, softcap: float | None, bias: jax.Array | None) -> jax.Array:
+    q32, k32 = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
     logits_BNTS = jnp.einsum("btnh,bsnh->bnts", q32, k32, precision="highest") * scale
     if softcap is not None:
         logits_BNTS = softcap * jnp.tanh(logits_BNTS / softcap)
@@ -122,8 +148,7 @@ def _reference(q, k, v, mask: Mask, scale: float, softcap: float | None, bias: j
         logits_BNTS += bias
     near = allowed(mask, q.shape[1], k.shape[1])
     seen = jnp.ones((), bool) if near is None else near[:, None]
-    weights_BNTS = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits_BNTS, NEVER), axis=-1), 0)
-    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v32, precision="highest").astype(q.dtype)
+    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits_BNTS, NEVER), axis=-1), 0)
 
 
 def _cudnn_can(q, k, v, mask: Mask, softcap: float | None, bias: jax.Array | None) -> bool:

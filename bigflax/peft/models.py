@@ -108,8 +108,10 @@ def _behind(out: dict[str, Any], tokens: int, own: bool) -> dict[str, Any]:
     mine = lambda name: name.startswith("encoder_") or not own
     timed = ("last_hidden_state", "start_logits", "end_logits", "encoder_last_hidden_state", "logits")
     found = {name: cut(out[name]) for name in timed if name in out and mine(name) and (name != "logits" or out[name].ndim == 3)}
-    states = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    found |= {name: tuple(map(cut, out[name])) for name in states if name in out and mine(name)}
+    layers = {"hidden_states": cut, "attentions": lambda x: x[:, :, tokens:], "qkv": lambda parts: jax.tree.map(cut, parts)}
+    for kind, of_layer in layers.items():  # what looks, not what is looked at: a map keeps the columns of the first tokens
+        names = (kind, *(f"{side}_{kind}" for side in ("encoder", "decoder", "cross")))
+        found |= {name: tuple(map(of_layer, out[name])) for name in names if name in out and mine(name)}
     if "head" in out and not own:
         found["head"] = {**out["head"], "x_BTD": cut(out["head"]["x_BTD"])}
     return {**out, **found}

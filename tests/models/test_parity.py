@@ -81,6 +81,33 @@ def test_outputs(family, head, kind, saved):
         near(got["sentence_embedding"], mean / np.linalg.norm(mean, axis=-1, keepdims=True))
 
 
+QUICK = ("bert", "gpt2", "llama", "t5", "vit")  # the rest in the slow run
+MAPPED = [family for family in FAMILIES if family not in {*OURS_ALONE, "convnext", "mobilenet_v2", "resnet"}]
+
+
+@pytest.mark.parametrize("family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in MAPPED])
+def test_attention_maps(family, saved):
+    """Of every layer and, of pairs and towers, of every kind: the rows of real tokens."""
+    head = None if (family, None) in CASES else next(head for name, head in CASES if name == family)
+    theirs, folder = saved(family, head)
+    theirs = copy.deepcopy(theirs)
+    theirs.set_attn_implementation("eager")
+    given, reals = inputs(family, "padded right" if "padded right" in kinds(family) else "plain")
+    with torch.no_grad():
+        want = dict(theirs(**{name: torch.from_numpy(np.asarray(x)) for name, x in given.items()}, output_attentions=True))
+    for tower in {"text", "vision"} & {name.removesuffix("_model_output") for name in want}:
+        want[f"{tower}_attentions"] = want[f"{tower}_model_output"].attentions
+    model, params = bigflax.load(folder)
+    got = jax.jit(functools.partial(model.apply, attentions=True))(params, **given)
+    names = {name for name in got if name.endswith("attentions")}
+    assert names and names == {name for name, x in want.items() if name.endswith("attentions") and x}
+    for name in names:
+        for i, (a, b) in enumerate(zip(got[name], want[name], strict=True)):
+            assert a.dtype == jnp.float32
+            rows = lambda x: masked(np.moveaxis(np.asarray(x), 1, 2), reals)
+            near(rows(a), rows(b), f"{name} {i}")
+
+
 @each_case
 def test_one_step(family, head, saved, tmp_path):
     """SGD at rate 0.1 on squares of the outputs against random targets."""

@@ -169,6 +169,7 @@ MISTAKES = {
     "tied": (lambda: made("causal_lm", tie_word_embeddings=True), "states of 5 do not fit embeddings of 6"),
     "generation": (lambda: generate.check(made("causal_lm")[0], 3, max_new_tokens=2), "only a causal decoder continues text"),
     "cache": (lambda: (lambda m, p: m.apply(p, input_ids=IDS, cache={"index": jnp.zeros(3, int)}))(*made()), "recurrent layers keep no cache"),
+    "attentions": (lambda: (lambda m, p: m.apply(p, input_ids=IDS, attentions=True))(*made()), "no attentions to give"),
 }  # fmt: skip
 
 

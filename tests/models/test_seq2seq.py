@@ -99,6 +99,14 @@ def test_what_comes_out(name):
     np.testing.assert_array_equal(out["encoder_hidden_states"][-1], out["encoder_last_hidden_state"])
     np.testing.assert_array_equal(out["decoder_hidden_states"][-1], out["last_hidden_state"])
     assert len({float(jnp.abs(x).sum()) for side in ("encoder", "decoder") for x in out[f"{side}_hidden_states"]}) == 7
+    more = jax.jit(functools.partial(model.apply, attentions=True, qkv=True))(params, **batch)
+    np.testing.assert_allclose(more["logits"], out["logits"], **CLOSE)
+    N = model.module.decoder.groups[0].blocks[0].attention.heads
+    S = out["encoder_last_hidden_state"].shape[1]
+    shapes = {name: {x.shape for x in more[f"{name}_attentions"]} for name in ("encoder", "decoder", "cross")}
+    assert shapes == {"encoder": {(2, N, S, S)}, "decoder": {(2, N, T, T)}, "cross": {(2, N, T, S)}}
+    assert [len(more[f"{name}_attentions"]) for name in shapes] == [2, 3, 3] == [len(more[f"{n}_qkv"]) for n in ("encoder", "decoder")] + [3]
+    assert not {"attentions", "qkv"} & {*more}
     assert "logits" not in apply(params, **batch, logits=False)
     loss, _ = jax.jit(tasks.token_loss(model))(params, {**batch, "labels": labels})
     want = optax.softmax_cross_entropy_with_integer_labels(out["logits"], np.maximum(labels, 0))

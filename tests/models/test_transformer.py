@@ -31,9 +31,9 @@ def create(name, **more):
 
 
 @functools.cache
-def made(name):
+def made(name, **more):
     """A model, weights of which none is zero or one (a bias that is forgotten must be missed), and its compiled apply."""
-    model, rng = create(name), np.random.default_rng(0)
+    model, rng = create(name, **more), np.random.default_rng(0)
     draw = lambda axes, s: rng.normal(size=s.shape) * (0.3 if "embed" in axes else 0.1) + (axes.endswith("norm") and 1)
     params = jax.tree.map(lambda axes, s: jnp.asarray(draw(axes, s), jnp.float32), model.axes, model.shapes())
     return model, params, jax.jit(model.apply, static_argnames=("logits", "hidden_states"))
@@ -303,6 +303,47 @@ def test_hidden_states(name):
         np.testing.assert_allclose(out["hidden_states"][0], params["embed"]["tokens"][ids], atol=1e-6)
     want = optax.softmax_cross_entropy_with_integer_labels(out["logits"], jnp.maximum(labels, 0))
     np.testing.assert_allclose(loss, np.where(labels == -100, 0, want), rtol=1e-4, atol=1e-5)
+
+
+@each_family
+def test_attentions(name):
+    """Asked for, the logits stay what they are, and each layer's heads say whom each token looks at: in all 1, at no padding, and backwards alone where
+    the model is causal. Queries, keys and values are each layer's."""
+    model, params, _ = made(name)
+    ids, mask = ids_of(2), np.ones((2, T), np.int32)
+    mask[1, -3:] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    out = jax.jit(lambda params: model.apply(params, attentions=True, qkv=True, **given))(params)
+    np.testing.assert_allclose(out["logits"], logits_of(name, **given), **CLOSE)
+    block = model.module.groups[0].blocks[0].attention
+    N, K, H = block.heads, block.kv_heads or block.heads, block.head_dim
+    maps = np.stack(out["attentions"])
+    assert maps.shape == (LAYERS, 2, N, T, T) and maps.dtype == np.float32
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+    assert not maps[:, 1, ..., -3:].any() and (name in ENCODERS or not np.triu(maps, 1).any())
+    assert len({float(np.square(layer).sum()) for layer in maps}) == LAYERS  # each another
+    assert [{n: x.shape for n, x in layer.items()} for layer in out["qkv"]] == [
+        {"q": (2, T, N, H), "k": (2, T, K, H), "v": (2, T, K, H)}
+    ] * LAYERS
+    assert len({float(jnp.abs(layer["q"]).sum()) for layer in out["qkv"]}) == LAYERS
+
+
+@pytest.mark.slow
+def test_attentions_of_stages():
+    """Of layers that run as a pipeline, every layer's and every row's are in their place."""
+    model, params, _ = made("llama", num_hidden_layers=4)
+    ids = ids_of(8)
+    look = lambda params: model.apply(params, input_ids=ids, attentions=True, qkv=True)
+    want, mesh = jax.jit(look)(params), sharding.make_mesh(stage=2, data=4)
+
+    def piped(params):
+        with sharding.tracing_on(mesh):
+            return look(params), len(sharding.current_layout().pipelines)
+
+    got, pipelines = jax.jit(piped)(jax.device_put(params, sharding.shardings(params, model.axes, mesh)))
+    assert pipelines == 1
+    for name in ("attentions", "qkv"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), got[name], want[name])
 
 
 VARIANTS = {f"remat {remat}": dict(remat=remat) for remat in REMAT if remat != "none"} | {"unrolled": dict(unroll=True)}

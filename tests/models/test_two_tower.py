@@ -62,6 +62,8 @@ def test_either_input_alone(family):
         np.testing.assert_allclose(out[name], both[name][:2], **CLOSE)
         states = "text_hidden_states" if name == "text_embeds" else "vision_hidden_states"
         assert {n for n in out if not n.startswith("logit_")} == {name, states} and len(out[states]) == 3
+    out = model.apply(params, input_ids=IDS, pixel_values=IMAGES, attentions=True, qkv=True)
+    assert [len(out[f"{tower}_{name}"]) for tower in ("text", "vision") for name in ("attentions", "qkv")] == [2] * 4
     with pytest.raises(ValueError, match="takes input_ids, pixel_values or both, not nothing"):
         model.apply(params)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigflax import flops, sharding
-from bigflax.ops import attention, context, splash
+from bigflax.ops import attention, attention_weights, context, splash
 
 DOCUMENTS = np.array([[1] * 40 + [2] * 47 + [0] * 10, [1] * 5 + [2] * 60 + [3] * 32])  # 97 tokens a row; 0 is padding
 LONG = np.repeat(DOCUMENTS, 3, axis=1)[:, :256]
@@ -109,6 +109,17 @@ def test_reference_is_the_formula(case):
     expected, _ = brute_force(q, k, v, **options)
     # float32 against float64: about ten roundings of numbers of size 4
     np.testing.assert_allclose(compiled(q, k, v, options, "reference"), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "long" not in case])
+def test_weights_are_distributions_that_weigh_the_values(case):
+    q, k, v, options = build(case)
+    weights = jax.jit(lambda q, k: attention_weights(q, k, **options))(q, k)
+    expected, seen = brute_force(q, k, v, **options)
+    summed = np.einsum("bnts,bsnh->btnh", weights, np.repeat(v, q.shape[2] // k.shape[2], 2))
+    np.testing.assert_allclose(summed, expected, atol=5e-6)
+    rows = np.broadcast_to(seen[:, None], weights.shape[:3])
+    np.testing.assert_allclose(weights.sum(-1), rows, atol=1e-5)  # zeros where a row may see no key
 
 
 @pytest.mark.parametrize("case", CASES)
