@@ -149,6 +149,7 @@ def test_an_encoder_decoder_draws_by_its_key():
 
 
 INT8 = ["gpt2", "llama with grouped queries", "t5"]
+REACH, AGREE = 0.05, 0.75
 
 
 @pytest.mark.parametrize("name", INT8)

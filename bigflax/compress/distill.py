@@ -106,7 +106,7 @@ def distill(
     terms = [*([(weight, soft_labels(**soft))] if weight else []), *also]
     if not terms:
         raise ValueError("nothing is learned from the teacher: weight is 0, and also names no term")
-    states = any(term.states for _, term in terms)
+    asks = {name: True for _, term in terms for name in term.asks}
 
     def loss_fn(params, batch, rng=None):
         seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -116,7 +116,7 @@ def distill(
             raise ValueError("with ema the average begins as the student's own weights: taught(params, axes, params, axes)")
 
         def apply(params, *, rng=None, **inputs):
-            inputs |= {"hidden_states": True} if states else {}
+            inputs |= asks
             out = student.apply(params, rng=rng, **inputs)
             seen.append((inputs, out))
             # DeiT: the class token learns from labels, the distillation token from the teacher (Touvron et al. 2021, 2012.12877, section 3)

@@ -3,16 +3,20 @@
     soft_labels   a divergence (losses.kl_divergence) of what they say: of `logits` [B, C], of each token's over a vocabulary, of the first and last
                   token of answers; of embeddings, of who is near whom in the batch. Of a teacher's likeliest k alone where no more is there.
     hidden        squared error of layers, through a learned matrix where widths differ: TinyBERT, Jiao et al. 2020 (arXiv 1909.10351), equation 8
-    relations     how the vectors of a layer relate to one another, where numbers of layers and widths may differ (losses.relation_divergence)
+    attentions    who looks at whom: divergence of a layer's maps, MiniLM, Wang et al. 2020 (2002.10957), section 3.1, or their squared distance,
+                  TinyBERT's equation 7, but of probabilities where the paper takes logits
+    relations     how the vectors of a layer relate to one another, where numbers of layers, heads and widths may differ (losses.relation_divergence): its
+                  states, or its queries, keys and values, MiniLMv2, Wang et al. 2020 (2012.15828), section 3
 
-A value counts where there is a label (without labels, where the attention mask is 1), hidden states and relations where a token is real; a loader's
+A value counts where there is a label (without labels, where the attention mask is 1), what is taken of layers where a token is real; a loader's
 padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, 2^24 numbers a device and model, and made again in the backward
 pass, one more product with each table; the task's own loss head comes on top. XLA keeps five float32 arrays of a piece's size for "forward" and eight for
 "js". Pieces of tokens, where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term.
 The price is a gradient of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
 
-Left out on purpose: attention maps and MiniLM's relations of queries, keys and values. Fused attention never holds the first, and no module returns the
-others; relations of hidden states are a weaker thing.
+Attention maps and relations hold [B, heads, T, T] of both models, in float32.
+
+Left out on purpose: packed documents apart in relations, where those between two of them count as well.
 
 Legend: B batch, T time, D width, V vocabulary, C classes, N rows as the model gets them.
 """
@@ -33,7 +37,8 @@ from bigflax.sharding import axes_of, constrain, current_layout
 from bigflax.weights import shape
 
 PIECE_LOGITS = 2**24  # 64 MiB of float32 a device and model
-STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states", "text_hidden_states", "vision_hidden_states")
+OF_LAYERS = ("hidden_states", "attentions", "qkv")  # what a model is asked for, and how the names of what it then gives end
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Both(NamedTuple):
@@ -47,11 +52,11 @@ class Both(NamedTuple):
 
 
 class Term(NamedTuple):
-    """`of(seen)` gives Means, of which the first is what is learned; `states`: both models are asked for hidden states."""
+    """`of(seen)` gives Means, of which the first is what is learned; both models are asked for what `asks` names, of OF_LAYERS."""
 
     name: str
     of: Callable[[Both], dict[str, Mean]]
-    states: bool = False
+    asks: tuple[str, ...] = ()
 
 
 # -- terms -----------------------------------------------------------------------------------------------------------------
@@ -140,7 +145,8 @@ def hidden(layers: Mapping[int, int] | None = None, *, of: str = "hidden_states"
 
     def term(seen: Both) -> dict[str, Mean]:
         found = []
-        for i, j, x, y in _layers(seen, of, layers):
+        for i, j, *both in _layers(seen, of, layers):
+            x, y = map(_vectors, both)
             w = seen.projections.get(project or of)
             if w is not None:
                 x = ops.einsum("...d,df->...f", x, w)
@@ -153,42 +159,99 @@ def hidden(layers: Mapping[int, int] | None = None, *, of: str = "hidden_states"
         values = jnp.mean(jnp.stack(found), 0)
         return {name: Mean.of(values, _real(seen, values, of))}
 
-    name = "hidden" if (project or of) == STATES[0] else f"hidden_{project or of}"
-    return Term(name, term, states=True)
+    name = "hidden" if (project or of) == OF_LAYERS[0] else f"hidden_{project or of}"
+    return Term(name, term, ("hidden_states",))
+
+
+def attentions(
+    layers: Mapping[int, int] | None = None, *, heads: Mapping[int, int] | None = None, of: str = "attentions", kind: str = "kl"
+) -> Term:
+    """Attention maps of layers of the student beside those of the teacher, {1: 2, 2: 4} as in `hidden`, 1 the first; None spreads them evenly.
+
+    "kl" is the divergence of the student's distribution over the keys from the teacher's, "mse" their squared distance, summed over the keys, for padding
+    is among them; both are means over heads and over the tokens that look. Where the numbers of heads differ, `heads` says which of the student's is beside
+    which of the teacher's, {0: 0, 1: 3}. `of` may be that of a pair or a tower, "cross_attentions" too.
+    """
+    if kind not in ("kl", "mse"):
+        raise ValueError(f"attention maps have no kind {kind!r}; there are 'kl' and 'mse'")
+    logs = lambda x: jnp.log(jnp.maximum(x, TINY))  # what nobody may see has a probability of 0
+
+    def term(seen: Both) -> dict[str, Mean]:
+        found = []
+        for i, j, x, y in _layers(seen, of, layers):
+            own, other = x.shape[1], y.shape[1]
+            pairs = {n: n for n in range(max(own, other))} if heads is None else heads
+            if not (0 <= min(pairs) and max(pairs) < own and 0 <= min(pairs.values()) and max(pairs.values()) < other):
+                raise ValueError(
+                    f"layer {i} of the student has heads 0 to {own - 1} and layer {j} of the teacher 0 to {other - 1}; say which are beside which, "
+                    f"heads={{0: 0, 1: 3}}, or take relations(heads=..., of='qkv'), where they need not match"
+                )
+            x, y = x[:, jnp.array([*pairs])], y[:, jnp.array([*pairs.values()])]
+            if x.shape != y.shape:
+                raise ValueError(f"the student's maps are of {x.shape[2:]} places and the teacher's of {y.shape[2:]}; they must read alike")
+            found.append((losses.kl_divergence(logs(x), logs(y)) if kind == "kl" else jnp.sum(jnp.square(x - y), -1)).mean(1))
+        values = jnp.mean(jnp.stack(found), 0)
+        return {of: Mean.of(values, _real(seen, values, of))}
+
+    return Term(of, term, ("attentions",))
 
 
 def relations(layers: Mapping[int, int] | None = None, *, heads: int = 1, of: str = "hidden_states", divergence: str = "forward") -> Term:
-    """Relations among the tokens of a layer, by default of the last of each, in `heads` parts (losses.relation_divergence); holds [B, heads, T, T] of
-    both."""
+    """Relations among the tokens of a layer, by default of the last of each, in `heads` parts (losses.relation_divergence).
+
+    Of "qkv" they are three, of queries with queries, keys with keys and values with values, and added up: all heads' vectors are joined and cut anew into
+    `heads` relation heads, so that teacher and student may have other heads and other widths, grouped ones too. Layers are numbered as in `hidden`.
+    """
+    vectors = lambda x: [_vectors(x[name].reshape(*x[name].shape[:2], -1)) for name in "qkv"] if isinstance(x, Mapping) else [_vectors(x)]
 
     def term(seen: Both) -> dict[str, Mean]:
-        last = {len(seen.student.get(of, ())) - 1: len(seen.teacher.get(of, ())) - 1}
+        last = {_number(seen.student.get(of, ()), of): _number(seen.teacher.get(of, ()), of)}
         found = []
-        for _, _, x, y in _layers(seen, of, layers or last):
-            if x.shape[:2] != y.shape[:2]:
-                raise ValueError(f"relations of {x.shape[1]} vectors cannot be compared with those of {y.shape[1]}")
-            real = _real(seen, x[..., 0], of)
-            found.append(losses.relation_divergence(x, y, heads=heads, real=real, kind=divergence))
+        for *_, s, t in _layers(seen, of, layers or last):
+            parts = []
+            for x, y in zip(vectors(s), vectors(t), strict=True):
+                if x.shape[:2] != y.shape[:2]:
+                    raise ValueError(f"relations of {x.shape[1]} vectors cannot be compared with those of {y.shape[1]}")
+                parts.append(losses.relation_divergence(x, y, heads=heads, real=_real(seen, x[..., 0], of), kind=divergence))
+            found.append(sum(parts[1:], parts[0]))
         values = jnp.mean(jnp.stack(found), 0)
-        return {"relations": Mean.of(values, _real(seen, values, of))}
+        return {name: Mean.of(values, _real(seen, values, of))}
 
-    return Term("relations", term, states=True)
+    name = "relations" if of == OF_LAYERS[0] else f"relations_{of}"
+    return Term(name, term, ("qkv" if of.endswith("qkv") else "hidden_states",))
 
 
 # -- what there is to compare ----------------------------------------------------------------------------------------------
 
 
-def _layers(seen: Both, of: str, layers: Mapping[int, int] | None) -> list[tuple[int, int, jax.Array, jax.Array]]:
-    """(layer, its teacher's, [N, T, D], [N, T, D']) of each pair."""
+def _layers(seen: Both, of: str, layers: Mapping[int, int] | None) -> list[tuple[int, int, Any, Any]]:
+    """(layer, its teacher's, what is of the one, what is of the other) of each pair."""
     for who, out in (("student", seen.student), ("teacher", seen.teacher)):
         if of not in out:
-            raise ValueError(f"the {who} gives no {of!r}; {trees.did_you_mean(of, [n for n in STATES if n in out], 'its states are')}")
-    s, t = seen.student[of], seen.teacher[of]
-    pairs = dict(zip(range(len(s)), evenly(len(s) - 1, len(t) - 1), strict=True)) if layers is None else dict(layers)
-    if far := [f"{i}: {j}" for i, j in pairs.items() if not (0 <= i < len(s) and 0 <= j < len(t))]:
-        raise ValueError(f"there are no layers {far[0]}: the student's are 0 to {len(s) - 1}, the teacher's 0 to {len(t) - 1}")
-    flat = lambda x: x.reshape(*x.shape[:2], -1).swapaxes(1, 2) if x.ndim == 4 else x  # a network's over images, [B, C, H, W]
-    return [(i, j, flat(s[i]), flat(t[j])) for i, j in pairs.items()]
+            raise ValueError(
+                f"the {who} gives no {of!r}; {trees.did_you_mean(of, [n for n in out if n.endswith(OF_LAYERS)], 'its states are')}"
+            )
+    s, t, first = seen.student[of], seen.teacher[of], _first(of)
+    few, many = _number(s, of), _number(t, of)
+    pairs = dict([*enumerate(evenly(few, many))][first:]) if layers is None else dict(layers)
+    if far := [f"{i}: {j}" for i, j in pairs.items() if not (first <= i <= few and first <= j <= many)]:
+        raise ValueError(f"there are no layers {far[0]}: the student's are {first} to {few}, the teacher's {first} to {many}")
+    return [(i, j, s[i - first], t[j - first]) for i, j in pairs.items()]
+
+
+def _first(of: str) -> int:
+    """The number of the first layer that is there: of hidden states 0, what is embedded."""
+    return 0 if of.endswith(OF_LAYERS[0]) else 1
+
+
+def _number(states: Any, of: str) -> int:
+    """The number of the last layer."""
+    return len(states) - 1 + _first(of)
+
+
+def _vectors(x: jax.Array) -> jax.Array:
+    """[N, T, D]: of a network over images, [N, C, H, W], a place after the other."""
+    return x.reshape(*x.shape[:2], -1).swapaxes(1, 2) if x.ndim == 4 else x
 
 
 def evenly(few: int, many: int) -> list[int]:
@@ -255,9 +318,10 @@ def _real(both: Both, values: jax.Array, of: str | None = None) -> jax.Array:
     if both.labels is not None:
         labelled = both.labels.reshape(N, -1) != losses.IGNORE
         rows_N = labelled.any(-1)
-    if of == "vision_hidden_states":
+    side = "" if of is None else of.partition("_")[0]
+    if side == "vision":
         found = [None]
-    elif of == "decoder_hidden_states":
+    elif side in ("decoder", "cross"):
         found = [given("decoder_segment_ids", "decoder_attention_mask"), labelled]
     else:
         found = [seen, labelled][:: 1 if of else -1]

@@ -4,7 +4,8 @@
 
 Inputs: `input_ids` or `input_features` (speech.py) and `attention_mask` of the encoder; `decoder_input_ids` and `decoder_attention_mask`.
 Outputs: `last_hidden_state` of the decoder, `encoder_last_hidden_state`, the head's, and on request `cache`, `encoder_hidden_states` and
-`decoder_hidden_states`, `encoder_attentions`, `decoder_attentions` and `cross_attentions`, `encoder_qkv` and `decoder_qkv`. Labels lie beside the tokens that they follow: `decoder_input_ids` is `shift_right(labels)`.
+`decoder_hidden_states`, `encoder_attentions`, `decoder_attentions` and `cross_attentions`, `encoder_qkv` and `decoder_qkv`. Labels lie beside the
+tokens that they follow: `decoder_input_ids` is `shift_right(labels)`.
 Pairs packed into rows bear `segment_ids` and `decoder_segment_ids`: a target sees its own source.
 
 Left out on purpose: caches of an encoder's states between calls; decoding (generate.py) keeps the keys and values made of them instead.

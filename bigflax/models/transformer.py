@@ -4,9 +4,10 @@
     encoder   Transformer(Embed(types=2, norm=Norm()), (Group((Block(Attention(causal=False), ..., order="post"),), 12),), head=MlmHead(...))
 
 The heads are in heads.py. Inputs and outputs bear the names of the transformers library: `input_ids`, `attention_mask`, `token_type_ids`,
-`position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and on request
-`cache` and, a layer each, `hidden_states`, `attentions` (with `cross_attentions` of a memory) and `qkv`; a model of mixtures adds `aux_loss`, the load-balance loss, and where experts have a capacity `dropped`,
-the share of choices that found no room. With `logits=False` the last product is left undone and
+`position_ids`, and `segment_ids` for packed documents (0 is padding); out comes a dict of `last_hidden_state`, `logits`, and the `cache` of one that
+was given; a model of mixtures adds `aux_loss`, the load-balance loss, and where experts have a capacity `dropped`, the share of choices that found
+no room. On request there are tuples of layers: `hidden_states`, the embedding before them; `attentions`, maps [B, N, T, S] in float32, and
+`cross_attentions` of a memory; `qkv`, queries, keys and values before they are rotated. With `logits=False` the last product is left undone and
 `head` holds its factors, `{"x_BTD", "w_VD", ["bias"]}`, for `ops.linear_cross_entropy`, which never holds [B, T, V] whole.
 
 What is embedded need not be tokens: an embedding names its input (`takes`), and a Transformer over `pixel_values` or `input_features` differs in

@@ -202,9 +202,7 @@ def like(old: Any, x: jax.Array) -> Any:
 
 def empty(shape: tuple[int, ...], dtype: str) -> Any:
     """Room for keys or values of this shape, [..., H]: zeros."""
-    return jax.tree.map(
-        lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(lambda: held(jnp.zeros(shape), dtype))
-    )
+    return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(lambda: held(jnp.zeros(shape), dtype)))
 
 
 def write_cache(cache: dict[str, Any], k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> dict[str, Any]:

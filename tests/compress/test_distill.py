@@ -22,20 +22,30 @@ PAIRS = RNG.integers(0, V, (N, 2, T))
 PAIRED = {"input_ids": PAIRS * VISIBLE[:, None], "attention_mask": np.stack([VISIBLE, VISIBLE], 1).astype(np.int32)}
 
 
-def toy(width, outputs, **shapes):
+def looking(x, mask, heads):
+    """Queries, keys and values of states [N, T, width], and who looks at whom: at what is real and not ahead."""
+    qkv = {name: x.reshape(*x.shape[:2], heads, -1) * size for name, size in (("q", 1.0), ("k", 2.0), ("v", -0.5))}
+    seen = jnp.tril(jnp.ones((T, T), bool)) & (mask > 0)[:, None, None]
+    return {"qkv": qkv, "attentions": jax.nn.softmax(jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", qkv["q"], qkv["k"]), losses.NEVER))}
+
+
+def toy(width, outputs, heads=2, **shapes):
     """A Model of a table [V, width], a matrix on pixels, and these further weights; `outputs(params, x [N, T, width] or [N, width])`."""
     shapes = {"table": (V, width), "pixels": (6, width), **shapes}
     init = lambda rng: {
         name: jax.random.normal(k, shapes[name]) for name, k in zip(shapes, jax.random.split(rng, len(shapes)), strict=True)
     }
 
-    def apply(params, *, rng=None, logits=True, hidden_states=False, **inputs):
+    def apply(params, *, rng=None, logits=True, hidden_states=False, attentions=False, qkv=False, **inputs):
         out = {}
         for given in [name for name in ("input_ids", "pixel_values") if name in inputs]:
             x = weights.dense(params["table"])[inputs[given]] if given == "input_ids" else inputs[given] @ params["pixels"]
             x = jnp.tanh(jnp.cumsum(x, 1)) if given == "input_ids" else jnp.tanh(x)  # a token sees what is before it
             out |= outputs(params, x, given) if outputs.__code__.co_argcount == 3 else outputs(params, x)
-            out |= {"hidden_states": (x, jnp.sin(2 * x), x * x - x)} if hidden_states else {}
+            states = (x, jnp.sin(2 * x), x * x - x)
+            out |= {"hidden_states": states} if hidden_states else {}
+            for name in [name for name, asked in (("qkv", qkv), ("attentions", attentions)) if asked]:
+                out[name] = tuple(looking(h, inputs["attention_mask"], heads)[name] for h in states[1:])
         return out
 
     return nn.Model(init, apply, {name: " ".join("_" * len(shape)) for name, shape in shapes.items()})
@@ -87,6 +97,21 @@ CASES = {  # student, teacher, task, batch, options of distill
     "hidden of another width": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[STATES], weight=0)),
     "hidden, all layers, by angle": (WORDS(), WORDS(), tasks.token_loss, LM, dict(also=[(1.0, terms.hidden(kind="cosine"))], weight=0)),
     "relations": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[(1.0, terms.relations(heads=2))], weight=0)),
+    "relations of queries, keys and values": (
+        WORDS(),
+        toy(6, head(), heads=3),
+        tasks.token_loss,
+        LM,
+        dict(also=[(1.0, terms.relations({1: 2}, heads=2, of="qkv"))], weight=0),
+    ),
+    "maps": (WORDS(), WORDS(6), tasks.token_loss, LM, dict(also=[(1.0, terms.attentions())], weight=0)),
+    "maps, by squares": (
+        WORDS(),
+        toy(6, head(), heads=3),
+        tasks.token_loss,
+        LM,
+        dict(also=[(1.0, terms.attentions({2: 1}, heads={1: 0, 0: 2}, kind="mse"))], weight=0),
+    ),
 }
 each = pytest.mark.parametrize("name", CASES)
 
@@ -120,12 +145,26 @@ def graded(name):
     return compiled(name)()
 
 
-@pytest.mark.parametrize("name", ["classes", "many labels", "answers", "words, in pieces", "pairs", "sentences", "relations"])
+ALIKE = [
+    "classes",
+    "many labels",
+    "answers",
+    "words, in pieces",
+    "pairs",
+    "sentences",
+    "relations",
+    "relations of queries, keys and values",
+    "maps",
+]
+
+
+@pytest.mark.parametrize("name", ALIKE)
 def test_nothing_to_learn_from_oneself(name):
     loss_fn, params, *_, batch = make(name, same=True)
     loss, metrics, _ = jax.jit(loss_fn)(params, batch)
     weight = CASES[name][4].get("weight", 0.5)
-    assert float(metrics["distillation" if weight else "relations"].value) == pytest.approx(0, abs=1e-5)  # 4 times float32 roundings
+    learned = "distillation" if weight else CASES[name][4]["also"][0][1].name
+    assert float(metrics[learned].value) == pytest.approx(0, abs=1e-5)  # 4 times float32 roundings
     assert float(metrics["agreement"].value if weight else 1) == 1
     task = float(metrics["task_loss"].value) if "task_loss" in metrics else 0.0
     assert float(loss.value) == pytest.approx((1 - weight) * task, rel=1e-5, abs=1e-5)
@@ -216,6 +255,41 @@ def test_layers_meet_through_a_matrix():
     assert terms.evenly(2, 6) == [0, 3, 6] and terms.evenly(3, 4) == [0, 1, 3, 4]
 
 
+def looks_of(name):
+    """What the student and its teacher of this case saw, and which tokens are real."""
+    student, teacher, _, batch, _ = CASES[name]
+    given = {key: jnp.asarray(batch[key]) for key in ("input_ids", "attention_mask")}
+    outs = (model.apply(model.init(jax.random.key(i)), attentions=True, qkv=True, **given) for i, model in enumerate((student, teacher)))
+    return *outs, VISIBLE & (TOKENS != -100).any(1, keepdims=True)
+
+
+def test_relations_are_those_of_minilm():
+    """MiniLMv2: vectors of all heads joined, cut into two relation heads, softmax(x x^T / sqrt(width of one)) over real tokens, KL row by row; in float64."""
+    name = "relations of queries, keys and values"
+    s, t, real = looks_of(name)
+    want = np.zeros((N, T))
+    for kind in "qkv":
+        logs = []
+        for x in (np.asarray(t["qkv"][1][kind], float), np.asarray(s["qkv"][0][kind], float)):  # layers 2 and 1
+            x = x.reshape(N, T, 2, -1)
+            near = np.einsum("btrw,bsrw->brts", x, x) / np.sqrt(x.shape[-1])
+            logs.append(log_softmax(np.where(real[:, None, None], near, -1e30)))
+        want += (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean(1)
+    assert float(graded(name)[1]["relations_qkv"].value) == pytest.approx(want[real].mean(), rel=1e-4)
+
+
+def test_maps_are_compared_head_by_head():
+    s, t, real = looks_of("maps")
+    seen = np.tril(np.ones((T, T), bool)) & VISIBLE[:, None, None]
+    log = lambda x: np.log(np.where(seen, np.asarray(x, float), 1.0))
+    each = [(np.exp(log(b)) * seen * (log(b) - log(a))).sum(-1).mean(1) for a, b in zip(s["attentions"], t["attentions"], strict=True)]
+    assert float(graded("maps")[1]["attentions"].value) == pytest.approx(np.mean(each, 0)[real].mean(), rel=1e-4)
+    s, t, real = looks_of("maps, by squares")
+    a, b = np.asarray(s["attentions"][1], float)[:, [1, 0]], np.asarray(t["attentions"][0], float)[:, [0, 2]]  # layers 2 and 1
+    want = np.square(a - b).sum(-1).mean(1)[real].mean()
+    assert float(graded("maps, by squares")[1]["attentions"].value) == pytest.approx(want, rel=1e-4)
+
+
 MASKED = {  # states, inputs and labels -> what counts of [3, 4] values, of which the last row fills up the batch
     "hidden_states": (dict(attention_mask=[[1, 1, 0, 0], [1, 1, 1, 1], [0] * 4]), [1, 0, -100], [[1, 1, 0, 0], [1] * 4, [0] * 4]),
     "hidden_states, packed": (
@@ -229,6 +303,13 @@ MASKED = {  # states, inputs and labels -> what counts of [3, 4] values, of whic
         [[1, 1, 0, 0], [1] * 4, [0] * 4],
     ),
     "vision_hidden_states": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1] * 4, [1] * 4, [0] * 4]),
+    "cross_attentions": (dict(attention_mask=[[1] * 4] * 3), [[5, 5, -100, -100], [5] * 4, [-100] * 4], [[1, 1, 0, 0], [1] * 4, [0] * 4]),
+    "vision_attentions": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1] * 4, [1] * 4, [0] * 4]),
+    "attentions": (
+        dict(attention_mask=[[1, 1, 0, 0], [1] * 4, [0] * 4]),
+        [[5, -100, 5, 5], [5] * 4, [-100] * 4],
+        [[1, 1, 0, 0], [1] * 4, [0] * 4],
+    ),
     "text_hidden_states": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1, 0, 0, 0], [1] * 4, [0] * 4]),
     ", labels": (dict(attention_mask=[[1] * 4] * 3), [[5, -100, 5, 5], [5] * 4, [-100] * 4], [[1, 0, 1, 1], [1] * 4, [0] * 4]),
     ", pixels": ({}, [1, 0, -100], [[1] * 4, [1] * 4, [0] * 4]),
@@ -395,11 +476,45 @@ FAMILIES = {  # student, teacher, task, options, mesh: heads, layers and widths 
         ("bert", dict(num_hidden_layers=1, head="sequence_classification", num_labels=C)),
         ("roberta", dict(head="sequence_classification", num_labels=C)),
         tasks.classification,
-        dict(also=[(1.0, terms.hidden(project="hidden")), (1.0, terms.relations(heads=2))]),
+        dict(
+            also=[
+                (1.0, terms.hidden(project="hidden")),
+                (1.0, terms.relations(heads=2)),
+                (1.0, terms.relations(heads=2, of="qkv")),
+                (1.0, terms.attentions(heads={0: 1})),
+            ]
+        ),
         dict(fsdp=4, tensor=2),
     ),
     "gpt2 from llama": (("gpt2", {}), ("llama", {}), tasks.token_loss, dict(chunk=4, divergence="js"), dict(stage=2, fsdp=4)),
 }
+
+
+def test_a_model_learns_what_another_looks_at():
+    """Encoders of other widths, heads and numbers of layers: what looks learns, the teacher does not, and more padding changes nothing."""
+    student = models.create("bert", **SMALL, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    teacher = models.create("bert", **SMALL, hidden_size=24, num_attention_heads=3, num_hidden_layers=2)
+    own, guide = (jax.tree.map(lambda w: 5 * w, jax.jit(model.init)(jax.random.key(i))) for i, model in enumerate((student, teacher)))
+    also = [(1.0, terms.attentions(heads={0: 0, 1: 2})), (1.0, terms.relations(heads=4, of="qkv"))]
+    loss_fn = distill.distill(None, student, teacher, weight=0, also=also)
+    params = distill.taught(own, student.axes, guide, teacher.axes).params
+    ids = np.random.default_rng(0).integers(0, 32, (3, 6))
+    mask = np.array([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
+    step = jax.jit(jax.value_and_grad(lambda params, batch: (lambda loss, *_: loss.value)(*loss_fn(params, batch))))
+    loss, grads = step(params, {"input_ids": ids, "attention_mask": mask})
+    longer, others = step(
+        params, {"input_ids": np.pad(ids, ((0, 0), (0, 2)), constant_values=7), "attention_mask": np.pad(mask, ((0, 0), (0, 2)))}
+    )
+    assert float(loss) == pytest.approx(float(longer), rel=1e-5) and float(loss) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, others)
+    assert not any(bool(g.any()) for g in jax.tree.leaves(grads["teacher"]))
+    assert all(bool(grads["blocks"]["attention"][name].any()) for name in "qkv")
+    assert not grads["blocks"]["mlp"]["down"].any()  # nothing looks behind the only layer
+    same = distill.taught(own, student.axes, own, student.axes).params
+    alike = distill.distill(None, student, student, weight=0, also=[(1.0, terms.attentions()), (1.0, terms.relations(heads=4, of="qkv"))])
+    assert float(jax.jit(lambda params: alike(params, {"input_ids": ids, "attention_mask": mask})[0].value)(same)) == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -489,6 +604,23 @@ MISTAKES = {
     "a layer": (call("words", also=[(1.0, terms.hidden({1: 7}))]), "no layers 1: 7: the student's are 0 to 2, the teacher's 0 to 2"),
     "no states": (call("words", also=[(1.0, terms.hidden(of="hiden_states"))]), "gives no 'hiden_states'; its states are 'hidden_states'"),
     "a kind": (lambda: terms.hidden(kind="cos"), "hidden states have no kind 'cos'; there are 'mse' and 'cosine'"),
+    "a kind of map": (lambda: terms.attentions(kind="kld"), "attention maps have no kind 'kld'; there are 'kl' and 'mse'"),
+    "other heads": (
+        call("maps, by squares", also=[(1.0, terms.attentions())]),
+        "student has heads 0 to 1 and .* teacher 0 to 2; say which",
+    ),
+    "no such head": (
+        call("maps", also=[(1.0, terms.attentions(heads={0: 2}))]),
+        "student has heads 0 to 1 and .* teacher 0 to 1; say which",
+    ),
+    "a layer of maps": (
+        call("maps", also=[(1.0, terms.attentions({0: 1}))]),
+        "no layers 0: 1: the student's are 1 to 2, the teacher's 1 to 2",
+    ),
+    "relation heads": (
+        call("relations", also=[(1.0, terms.relations(heads=3, of="qkv"))]),
+        "a width of 4 does not divide into 3 relation heads",
+    ),
     "a name": (lambda: distill.taught({"teacher": 1}, None), "these have 'teacher' already"),
     "no dict": (lambda: distill.taught((1, 2), None), "these are a tuple, no dict of weights"),
     "no key": (lambda: distill.taught({}, None, project={"hidden_states": (2, 3)}), "projections of hidden_states are drawn: give rng"),

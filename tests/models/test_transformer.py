@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bigflax import models, ops, trees, weights
+from bigflax import models, ops, sharding, trees, weights
 from bigflax.nn import REMAT
 
 T, VOCAB, LAYERS = 8, 40, 3
