@@ -10,6 +10,6 @@ from bigflax.ops.norms import layer_norm, rms_norm
 from bigflax.ops.rope import rope, rope_frequencies
 
 __all__ = [
-    "attention", "attention_weights", "casting", "dropped_share", "einsum", "layer_norm", "linear_cross_entropy", "load_balance", "log_mel", "mixture", "rms_norm",
-    "rope", "rope_frequencies", "route", "router_sums", "take", "vocab_logits",
+    "attention", "attention_weights", "casting", "dropped_share", "einsum", "layer_norm", "linear_cross_entropy", "load_balance", "log_mel", "mixture",
+    "rms_norm", "rope", "rope_frequencies", "route", "router_sums", "take", "vocab_logits",
 ]  # fmt: skip
