@@ -26,7 +26,7 @@ def get_config(variant: str = "dpo"):
     base = dict(
         work="runs/preference-base",
         model=dict(
-            name="llama", hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True,
+            name="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True,
             qk_norm=True, max_position_embeddings=256, unroll=True,
         ),
         tokenizer=dict(kind="bpe", vocab_size=4096),
