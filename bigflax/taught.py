@@ -136,7 +136,7 @@ class Taught(runs.Run):
 
         def update(grads, opt, params=None):
             moved, opt = tx.update(own(grads), opt, own(params))
-            return {**moved, distill.TEACHER: nothing}, opt
+            return {**own(moved), distill.TEACHER: nothing}, opt
 
         def beside(state: train.State) -> train.State:
             return state._replace(params={**state.params, distill.TEACHER: nothing}, frozen={**state.frozen, distill.TEACHER: guide})
