@@ -12,11 +12,17 @@
     recover      trains what can train, with the model at the start as a teacher                      steps, lr, weight, temperature, and of optim.make
     pack         zeros and their places leave the memory (compress.packed)
 
+A budget for all matrices together: quantize takes several formats, `to=["int3:32", "int4:32", "int8"]`, and `within="4.5 bits"` or "12 MiB"; factorize with
+`spread=True` has the numbers that it leaves where they lose least (compress/budget.py). What was chosen is said, and stands in the row of the report.
+
 `rules` of a step are pairs of a regex over names of weights and what `to` says; without them `to` is for every matrix of the layers, and `tables` for those of
 words, which nothing goes into: by the plainest method. `tables` alone, without `to` and `rules`, is by the step's own method, and the layers stay.
 
 Each step leaves `run.work`/compress/NAME/1-prune ..., a folder that `bigflax.load` reads, and the whole chain report.json, report.txt, quality.png and
 error.png beside it. A step is read again where the same weights went the same way before.
+
+Before any step works the shapes of the weights go through the chain (`foresee`), so that a group that does not divide what steps before it leave, or too few
+batches for the last step, are errors at once.
 
 A step that makes the run's watched metric worse by more than `max_loss`, a share of what it was, ends the chain, and the step before it is what is kept; one
 that `recover` follows is judged after that.
@@ -33,23 +39,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bigflax import compress as small
 from bigflax import hub, models, nn, optim, sharding, train, trees
-from bigflax.compress import distill, factoring, pruning, quantizing, structure
+from bigflax.compress import budget, distill, factoring, pruning, quantizing, structure
 from bigflax.compress.report import Report, Row, divergence, measure
 from bigflax.stored import blocks_of, own_checksums
-from bigflax.weights import is_typed, parse_axes
+from bigflax.weights import Masked, Sparse, input_axis, is_typed, named_weights, parse_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A model on its way: the run that it is of, its weights, the batches that it is fitted to, and the model that the chain began with."""
+    """A model on its way: the run that it is of, its weights or their shapes, the batches that it is fitted to, the model that the chain began with, and what
+    the step chose for each matrix out of a budget."""
 
     run: Any
     params: Any
     batches: Sequence[Any]
     start: tuple[nn.Model, Any]
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> nn.Model:
@@ -60,6 +69,16 @@ class Link:
         """The loss of a batch, without an attack."""
         loss_fn = self.run.loss_of(attack=None)
         return lambda params, batch: train.split_loss(loss_fn(params, batch, None))[0].total
+
+    @property
+    def outputs(self) -> Callable[[Any, Any], Any]:
+        """The model's own call, labels left out."""
+        return lambda params, batch: self.model.apply(params, **{name: x for name, x in batch.items() if name != "labels"})
+
+    @property
+    def ahead(self) -> bool:
+        """Whether these are shapes, sent ahead of the weights to see whether all steps fit."""
+        return small.are_shapes(self.params)
 
 
 def matrices(model: nn.Model, to: Any) -> trees.Rules:
@@ -81,24 +100,43 @@ def tables_of(model: nn.Model, to: Any) -> trees.Rules:
 
 
 class Verb(NamedTuple):
-    """A function of bigflax.compress, its methods, how a value of its rules is read, and the method for tables."""
+    """A function of bigflax.compress, its methods, how a value of its rules is read, the method for tables, and which option is a budget for all."""
 
     call: Callable[..., Any]
     methods: Mapping[str, small.Method]
     read: Callable[[Any], Any]
     plain: str
+    shared: str = ""
 
     def __call__(self, link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
-        params, data = link.params, {"forward": link.forward, "batches": link.batches}
+        params, limit, data = link.params, options.pop(self.shared, None), {"forward": link.forward, "batches": link.batches}
         alone = to is None and rules is None
         if tables is not None:
             words = tables_of(link.model, tables)
             if alone and not words:
                 raise ValueError("this model has no table of words; say `to` or `rules` of what it has")
             params = self.call(link.model, params, words, **data, **{"method": self.plain, **(options if alone else {})})
-        if not alone:
-            params = self.call(link.model, params, matrices(link.model, to) if rules is None else rules, **data, **options)
-        return dataclasses.replace(link, params=params)
+        if alone:
+            return dataclasses.replace(link, params=params)
+        said = matrices(link.model, to) if rules is None else rules
+        method = options.setdefault("method", self.method)
+        if limit and self.shared == "within":
+            said = budget.formats(link.model, params, said, limit, forward=link.outputs, batches=link.batches, **options)
+        elif limit:
+            said = budget.ranks(link.model, params, said, **data, **options)
+        made = self.call(link.model, params, said, **data, **options)
+        if link.ahead and self.methods[method].inverts:
+            (model, began), names = link.start, {name for name, _ in named_weights(link.start[1])}
+            meant = {name: w for name, w in named_weights(params) if name in names and trees.match(said, name) is not None}
+            forward = dataclasses.replace(link, run=link.run.of(model)).forward
+            small.seen_enough(model, began, meant, method=method, forward=forward, batches=link.batches)
+        names = [name for name, _ in named_weights(params) if limit]
+        chosen = {name: value for name in names for pattern, value in said if re.fullmatch(pattern, name)}
+        return dataclasses.replace(link, params=made, chosen=chosen)
+
+    @property
+    def method(self) -> str:
+        return inspect.signature(self.call).parameters["method"].default
 
     def check(
         self, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, method: str | None = None, **options: Any
@@ -106,11 +144,20 @@ class Verb(NamedTuple):
         """Raises ValueError for what can be told without a model to be wrong."""
         if (to is None) == (rules is None) and (to is not None or tables is None):
             raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two, or `tables` alone")
-        for value in [to, tables, *(value for _, value in trees.checked(rules or ()))]:
+        said, limit = [to, *(value for _, value in trees.checked(rules or ()))], options.pop(self.shared, None)
+        if self.shared == "within":
+            several = [value for value in said if isinstance(value, list | tuple)]
+            if bool(several) != (limit is not None):
+                raise ValueError("several formats, to=['int3:32', 'int8'], and a budget for all matrices, within='4.5 bits', go together")
+            said = [text for value in said for text in (value if isinstance(value, list | tuple) else [value])]
+            if limit is not None:
+                budget.read_budget(limit)
+        elif limit not in (None, True, False):
+            raise ValueError(f"{self.shared} is true or false, not {limit!r}")
+        for value in [*said, tables]:
             if value is not None:
                 self.read(value)
-        if method is not None:
-            small.method_of(self.methods, method, {name: value for name, value in options.items() if name != "rows"})
+        small.method_of(self.methods, method or self.method, {name: value for name, value in options.items() if name != "rows"})
 
 
 def recover(
@@ -141,12 +188,14 @@ def layers(link: Link, *, keep: Any, by: str = "influence", rules: trees.Rules |
         share = lambda of, value: round(value * len(of)) if isinstance(value, float) else value
         kept = [(re.escape(stack), listed(of, share(of, value))) for stack, of in each.items() if (value := trees.match(said, stack))]
     elif by in ("influence", "run"):
-        apart = structure.distances(model, link.params, link.batches, angle=by == "run")
+        sides = {stack: 1 + sum(len(unit.layers) for unit in units) for stack, units in structure.stacks(model).items()}
+        blank = {stack: np.zeros((side, side)) for stack, side in sides.items()}
+        apart = blank if link.ahead else structure.distances(model, link.params, link.batches, angle=by == "run")
         choose = structure.best_run if by == "run" else structure.best_layers
         kept = choose(model, apart if by == "run" else structure.influence(apart), said)
     else:
         raise ValueError(f"layers are chosen by 'influence', 'run' or 'every', not {by!r}")
-    return _smaller(link, *structure.layers(model, link.params, kept))
+    return _smaller(link, lambda params: structure.layers(model, params, kept))
 
 
 def narrow(link: Link, *, axis: str, keep: Any, by: str = "taylor", rules: trees.Rules | None = None) -> Link:
@@ -154,15 +203,25 @@ def narrow(link: Link, *, axis: str, keep: Any, by: str = "taylor", rules: trees
     if by not in ("taylor", "magnitude"):
         raise ValueError(f"channels and heads are chosen by 'taylor' or 'magnitude', not {by!r}")
     model, loss_fn = link.model, link.run.loss_of(attack=None)
-    scores = (
-        structure.magnitude(model, link.params, axis)
-        if by == "magnitude"
-        else structure.taylor(model, link.params, axis, loss_fn, link.batches)
-    )
-    return _smaller(link, *structure.narrow(model, link.params, axis, [(".*", keep)] if rules is None else rules, scores))
+    if link.ahead:
+        of = "mlp" if axis == "mlp" else "heads"
+        scores = {at: np.zeros((*place.stack, place.sizes[of])) for at, place in structure.places(model, axis).items()}
+    elif by == "magnitude":
+        scores = structure.magnitude(model, link.params, axis)
+    else:
+        scores = structure.taylor(model, link.params, axis, loss_fn, link.batches)
+    return _smaller(link, lambda params: structure.narrow(model, params, axis, [(".*", keep)] if rules is None else rules, scores))
 
 
-def _smaller(link: Link, params: Any, changes: Mapping[str, Any]) -> Link:
+def _smaller(link: Link, cut: Callable[[Any], tuple[Any, Mapping[str, Any]]]) -> Link:
+    changes: dict[str, Any] = {}
+
+    def made(params):
+        params, its = cut(params)
+        changes.update(its)
+        return params
+
+    params = jax.eval_shape(made, link.params) if link.ahead else made(link.params)
     return dataclasses.replace(link, run=link.run.of(models.resized(link.model, params, changes)), params=params)
 
 
@@ -172,9 +231,9 @@ def pack(link: Link) -> Link:
 
 
 STEPS: Mapping[str, Callable[..., Link]] = {
-    "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn"),
+    "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn", "within"),
     "prune": Verb(small.prune, small.PRUNE, pruning.read_pattern, "magnitude"),
-    "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd"),
+    "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd", "spread"),
     "layers": layers, "narrow": narrow, "recover": recover, "pack": pack,
 }  # fmt: skip
 
@@ -196,6 +255,52 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
             step.check(**options)
         elif wrong := _wrong(step, options):
             raise ValueError(f"{what} {wrong}")
+
+
+def foresee(link: Link, chain: Sequence[Mapping[str, Any]]) -> None:
+    """Takes the shapes of a link's weights through a checked chain. Raises ValueError for what will not fit when its turn comes. It sees as far as shapes alone
+    tell: zeros that are packed end it, unless so many of each few inputs stay."""
+    link = dataclasses.replace(link, params=jax.eval_shape(lambda params: params, link.params))
+    patterns: dict[str, pruning.Pattern] = {}
+    for at, said in enumerate(chain, 1):
+        what, options = said["do"], {name: value for name, value in said.items() if name != "do"}
+        try:
+            if what == "pack":
+                masked = {name: w for name, w in named_weights(link.params) if isinstance(w, Masked)}
+                if not all(name in patterns and patterns[name].of for name in masked):
+                    return
+                texts = dict(trees.named_leaves(link.model.axes))
+                few = {name: _packed(w, texts[name], patterns[name]) for name, w in masked.items()}
+                link = dataclasses.replace(link, params=_with(link.params, few))
+            elif what in AHEAD:
+                link = STEPS[what](link, **options)
+            elif what != "recover":  # which leaves all shapes as they are
+                return
+        except ValueError as error:
+            raise ValueError(f"step {at}, {what}: {error}") from error
+        if what == "prune":
+            rules = matrices(link.model, options["to"]) if options.get("rules") is None else options["rules"]
+            values = {name: trees.match(rules, name) for name, w in named_weights(link.params) if isinstance(w, Masked)}
+            patterns |= {name: pruning.read_pattern(value) for name, value in values.items() if value is not None}
+
+
+def _with(params: Any, new: Mapping[str, Any]) -> Any:
+    return trees.map_named(lambda name, w: new.get(name, w), params, is_leaf=is_typed)
+
+
+AHEAD = ("quantize", "prune", "factorize", "layers", "narrow")  # steps that take shapes too
+
+
+def _packed(w: Masked, axes: str, pattern: pruning.Pattern) -> Any:
+    """The shapes of the Sparse that `pack` makes of a Masked of this pattern."""
+    at = input_axis(axes)
+    if w.w.shape[at] % 8:
+        return w
+    assert pattern.of
+    full, groups = [*w.w.shape], w.w.shape[at] // pattern.of
+    sized = lambda n, dtype: jax.ShapeDtypeStruct([*full[:at], n, *full[len(full) + at + 1 :]], dtype)
+    made = Sparse(sized(int(groups * (pattern.of - pattern.zeros)), w.w.dtype), sized(full[at] // 8, np.uint8), at)
+    return made if trees.nbytes(made) < trees.nbytes(w.w) else w
 
 
 def _wrong(step: Callable[..., Link], options: Mapping[str, Any]) -> str:
@@ -221,7 +326,8 @@ def read_loss(text: str) -> float:
 def name_of(at: int, said: Mapping[str, Any]) -> str:
     """The folder of a step: "2-quantize-int4-128-gptq"."""
     value = said.get("to") if said.get("to") is not None or said.get("rules") else said.get("tables")
-    words = [said["do"], *(str(word) for word in (value, said.get("method")) if word is not None)]
+    words = (said.get("within") or value, "spread" if said.get("spread") else None, said.get("method"))
+    words = [said["do"], *(str(word) for word in words if word is not None)]
     return f"{at}-" + re.sub(r"[^\w.]+", "-", "-".join(words)).strip("-").lower()
 
 
@@ -231,8 +337,7 @@ def compress(
 ) -> Report:  # fmt: skip
     """Takes the weights through the chain of this `name` and reports; `batches` of the run's training data are what is looked at on the way.
 
-    Raises ValueError for a chain that `check` refuses, and for rules that match no weight, before any work; what else does not fit, such as a group to what
-    the steps before left, when its turn comes."""
+    Raises ValueError for a chain that `check` or `foresee` refuses, and for rules that match no weight, before any work."""
     check(chain)
     chain = [dict(said) for said in chain]
     for said in chain:
@@ -245,6 +350,7 @@ def compress(
     with run.loader("train") as loader:
         held = [next(loader) for _ in range(batches)]
     link = Link(run, weights, held, (run.model, weights))
+    foresee(link, chain)
     identity = own_checksums({leaf: blocks_of(jax.numpy.asarray(part)) for leaf, part in trees.named_leaves(weights)})
     rows = [_row("start", link, None)]
     if metric not in rows[0].metrics:
@@ -280,14 +386,16 @@ def _made(link: Link, way: dict[str, Any], place: str, turns: int, labels: Seque
             say(f"{os.path.basename(place)} is there already")
             return dataclasses.replace(link, run=link.run.of(model), params=params), Row.read(found["row"])
     step = STEPS[said.pop("do")]
-    link = step(link, **said, **({"say": say} if step is recover else {}))
+    link = step(dataclasses.replace(link, chosen={}), **said, **({"say": say} if step is recover else {}))
+    for name, value in link.chosen.items():
+        say(f"  {name}  {'dense' if value is None else value}")
     where = sharding.shardings(link.params, link.model.axes, link.run.mesh, link.run.table)
     link = dataclasses.replace(link, params=jax.device_put(link.params, where))
     shutil.rmtree(place, ignore_errors=True)
     tokenizer = link.run.tokenizer if link.run.kind.tokenized else None
     hub.save(link.model, link.params, place, tokenizer=tokenizer, labels=labels)
     disk = sum(os.path.getsize(os.path.join(place, name)) for name in os.listdir(place) if name.endswith(".safetensors"))
-    row = _row(os.path.basename(place), link, disk, turns)
+    row = dataclasses.replace(_row(os.path.basename(place), link, disk, turns), chosen=dict(link.chosen))
     with open(record, "w") as file:
         json.dump({"way": way, "row": dataclasses.asdict(row)}, file, indent=1)
     return link, row

@@ -26,6 +26,7 @@ CHAINS = {
     "int4": [dict(do="quantize", to=INT4, tables="int8")],
     "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq")],
     "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq")],
+    "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq")],
     "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq")],
     "half": [dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=200), dict(do="pack")],
     "2:4-int8": [
@@ -37,6 +38,11 @@ CHAINS = {
     "half-depth": [dict(do="layers", keep=0.5), dict(do="recover", steps=500)],
     "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8", tables="int8")],
     "small-tables": [dict(do="factorize", tables=0.5, method="frequency"), dict(do="recover", steps=200)],
+    "low-rank-budget": [
+        dict(do="factorize", to=0.8, spread=True, method="whitened"),
+        dict(do="recover", steps=200),
+        dict(do="quantize", to="int8", tables="int8"),
+    ],
     "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8", tables="int8")],
 }
 

@@ -36,6 +36,8 @@ CHAINS = {
     "half of the channels, recovered": [dict(do="narrow", axis="mlp", keep=0.5), dict(do="recover", steps=5)],
     "half of the layers, int8": [dict(do="layers", keep=0.5), dict(do="quantize", to="int8")],
     "low rank, int8": [dict(do="factorize", to=0.7), dict(do="quantize", to="int8")],
+    "formats by a budget": [dict(do="quantize", to=["int3:16", "int4:16", "int8"], within="5.5 bits", tables="int8", method="gptq")],
+    "ranks by a budget": [dict(do="factorize", to=0.6, spread=True)],
     "int4 and nothing else of the mlp": [dict(do="quantize", rules=[("blocks/mlp/(up|down)", "int4:16")], method="gptq")],
 }  # fmt: skip
 
@@ -56,6 +58,11 @@ def test_each_step_is_measured_and_saved(trained, name):
         again = run.of(model).evaluator()(loaded)
         assert again["loss"] == pytest.approx(row.metrics["loss"], rel=1e-6)
         assert row.kl >= 0 and row.speed > 0 and row.disk > 0
+        said = {part: w for part, w in weights.named_weights(loaded) if part in row.chosen}
+        assert bool(row.chosen) == name.endswith("by a budget") and len(said) == len(row.chosen)
+        for part, value in row.chosen.items():  # what stands there is what was chosen
+            w = said[part]
+            assert value is None or (w.a.shape[-1] == value if isinstance(value, int) else w.qtype == value.partition(":")[0])
     start, last = report.rows[0], report.rows[-1]
     assert last.disk < start.disk and last.memory < start.memory
     assert name.startswith("half of") or (last.error and all(0 < x < 1.5 for errors in last.error.values() for x in errors))
@@ -182,6 +189,38 @@ MISTAKES = {
     "no such option of the optimizer": ([dict(do="recover", steps=1, momentun=0.9)], "recover takes no 'momentun'"),
     "a step without what it needs": ([dict(do="recover")], "recover needs 'steps'"),
     "a step with what it has no use for": ([dict(do="pack", to="int8")], "pack takes no 'to'"),
+    "several formats and no budget": ([dict(do="quantize", to=["int4", "int8"])], "within='4.5 bits', go together"),
+    "a budget and one format": ([dict(do="quantize", to="int4", within="5 bits")], "within='4.5 bits', go together"),
+    "no such budget": ([dict(do="quantize", to=["int4", "int8"], within="5 bit")], "'5 bit' is no budget"),
+    "one of several that is no format": ([dict(do="quantize", to=["int4", "int9"], within="5 bits")], "'int9' is no format"),
+    "a budget that nothing fits": (
+        [dict(do="quantize", to=["int4:16", "int8"], within="4 bits")],
+        "step 1, quantize: '4 bits' is too little",
+    ),
+    "a budget of zeros": ([dict(do="prune", to="50%", within="4 bits")], "wanda takes no 'within'"),
+    "spread over what": ([dict(do="factorize", to=0.5, spread="wide")], "spread is true or false"),
+    "a group of one of several": ([dict(do="quantize", to=["int4:24", "int8"], within="6 bits")], "a group of 24 does not divide 32"),
+    "a group behind channels": (
+        [
+            dict(do="narrow", axis="mlp", keep=0.5),
+            dict(do="recover", steps=9),
+            dict(do="quantize", rules=[("blocks/mlp/down", "int4:128")]),
+        ],
+        "step 3, quantize: a group of 128 does not divide 64 inputs",
+    ),
+    "a group behind low rank": (
+        [dict(do="factorize", to=12), dict(do="quantize", to="int4:16")],
+        "step 2, quantize: a group of 16 does not divide 12 inputs",
+    ),
+    "a group behind zeros that are packed": (
+        [dict(do="prune", to="2:4"), dict(do="pack"), dict(do="quantize", rules=[("blocks/mlp/down", "int4:128")])],
+        "step 3, quantize: a group of 128 does not divide 64 inputs",
+    ),
+    "more layers than are left": ([dict(do="layers", keep=1), dict(do="layers", keep=2)], "step 2, layers: of the 1 layers of blocks"),
+    "more channels than are left": (
+        [dict(do="narrow", axis="mlp", keep=64, by="magnitude"), dict(do="narrow", axis="mlp", keep=128, by="magnitude")],
+        "step 2, narrow",
+    ),
     "a group that does not divide": ([dict(do="quantize", to="int4:24")], "a group of 24 does not divide 32 inputs; nearest is 8"),
     "a norm": ([dict(do="quantize", rules=[("norm/scale", "int8")])], "norm/scale, which has no inputs"),
 }
@@ -194,6 +233,27 @@ def test_mistakes_are_named_before_any_step_has_worked(trained, chain, message):
     with pytest.raises(ValueError, match=message):
         chains.compress(run, params, chain=chain, name="mistakes", **QUIET)
     assert not os.path.exists(os.path.join(run.work, "compress", "mistakes"))
+
+
+@pytest.mark.slow
+def test_too_few_batches_for_the_last_step_are_told_before_the_first(trained):
+    _, run, params = trained
+    with run.loader("train") as loader:
+        batch = {name: x[:1] for name, x in next(loader).items()}
+    link = chains.Link(run, params, [batch], (run.model, params))
+    half, last = dict(do="narrow", axis="mlp", keep=0.5), dict(do="quantize", to="int8", method="gptq")
+    with pytest.raises(ValueError, match="step 3, quantize: gptq needs as many positions as a matrix has inputs, 64 of blocks/mlp/down"):
+        chains.foresee(link, [half, dict(do="recover", steps=9), last])
+    chains.foresee(link, [half, dict(do="quantize", rules=[("blocks/mlp/up", "int8")], method="gptq")])  # 32 inputs, 32 positions
+
+
+@pytest.mark.slow
+def test_what_only_numbers_tell_ends_what_is_foreseen(trained):
+    """How many zeros SparseGPT leaves to an output is not known ahead: no group is refused behind it."""
+    _, run, params = trained
+    with run.loader("train") as loader:
+        link = chains.Link(run, params, [next(loader)], (run.model, params))
+    chains.foresee(link, [dict(do="prune", to="50%", method="sparsegpt"), dict(do="pack"), dict(do="quantize", to="int4:24")])
 
 
 @pytest.mark.slow

@@ -34,9 +34,8 @@ def read_share(value: Any) -> float | int:
     raise ValueError(f"{value!r} is no share such as 0.8, nor a rank such as 64")
 
 
-def rank_of(share: float | int, w_KN: Array) -> int:
-    """The rank that leaves this share of the numbers. Raises ValueError for a rank that saves nothing."""
-    K, N = w_KN.shape
+def rank_within(share: float | int, K: int, N: int) -> int:
+    """The rank that leaves this share of the numbers of a matrix K x N. Raises ValueError for a rank that saves nothing."""
     rank = share if isinstance(share, int) else int(share * K * N / (K + N))
     if rank < 1 or rank * (K + N) >= K * N:
         raise ValueError(
@@ -48,26 +47,49 @@ def rank_of(share: float | int, w_KN: Array) -> int:
 def svd(w: Array, share: float | int, *, axes: str, seen: Seen | None = None) -> LowRank:
     """The best of its rank in the sum of squares."""
     w_KN = as_matrix(w, axes)
-    a, b = _cut(w_KN, rank_of(share, w_KN))
+    a, b = _cut(w_KN, rank_within(share, *w_KN.shape))
     return _as_low_rank(a, b, w, axes)
 
 
 def asvd(w: Array, share: float | int, *, axes: str, seen: Seen, alpha: float = 0.5) -> LowRank:
     """The best of its rank once inputs are multiplied by what they are on average, to the power alpha."""
     w_KN = as_matrix(w, axes)
-    size_K = (seen.size / seen.count) ** alpha
-    size_K = jnp.maximum(size_K, 1e-3 * size_K.max() + 1e-20)
-    a, b = _cut(w_KN * size_K[:, None], rank_of(share, w_KN))
+    size_K = _sizes(seen, alpha)
+    a, b = _cut(w_KN * size_K[:, None], rank_within(share, *w_KN.shape))
     return _as_low_rank(a / size_K[:, None], b, w, axes)
 
 
 def whitened(w: Array, share: float | int, *, axes: str, seen: Seen, damp: float = 1e-4) -> LowRank:
     """The best of its rank in the sum of squares of x w over all x: with L L^T = H, that of L^T w. `damp` times the mean of the hessian's diagonal is added."""
     w_KN = as_matrix(w, axes)
-    hessian = seen.hessian + damp * jnp.mean(seen.squares) * jnp.eye(len(w_KN))
-    low = jnp.linalg.cholesky(hessian)
-    a, b = _cut(low.T @ w_KN, rank_of(share, w_KN))
-    return _as_low_rank(jax.scipy.linalg.solve_triangular(low.T, a, lower=False), b, w, axes)
+    root_KK = _root(seen, damp)
+    a, b = _cut(root_KK @ w_KN, rank_within(share, *w_KN.shape))
+    return _as_low_rank(jax.scipy.linalg.solve_triangular(root_KK, a, lower=False), b, w, axes)
+
+
+def spectrum(w: Array, *, axes: str, seen: Seen | None, method: str, alpha: float = 0.5, damp: float = 1e-4) -> Array:
+    """The squares of the singular values [min(K, N)] of what a method cuts, the largest first: by a rank it loses the sum of those behind it."""
+    w_KN = as_matrix(w, axes)
+    if method == "whitened":
+        assert seen is not None
+        w_KN = _root(seen, damp) @ w_KN
+    elif method == "asvd":
+        assert seen is not None
+        w_KN = w_KN * _sizes(seen, alpha)[:, None]
+    return jnp.square(_singular(w_KN))
+
+
+def _sizes(seen: Seen, alpha: float) -> Array:
+    size_K = (seen.size / seen.count) ** alpha
+    return jnp.maximum(size_K, 1e-3 * size_K.max() + 1e-20)
+
+
+def _root(seen: Seen, damp: float) -> Array:
+    """L^T [K, K], upper triangular, with L L^T the damped hessian."""
+    return jnp.linalg.cholesky(seen.hessian + damp * jnp.mean(seen.squares) * jnp.eye(seen.hessian.shape[-1])).T
+
+
+_singular = jax.jit(functools.partial(jnp.linalg.svd, compute_uv=False))
 
 
 def frequency(w: Array, share: float | int, *, axes: str, seen: Seen, smooth: float = 1.0) -> LowRank:
@@ -81,7 +103,7 @@ def frequency(w: Array, share: float | int, *, axes: str, seen: Seen, smooth: fl
     if smooth <= 0:
         raise ValueError(f"smooth {smooth} leaves rows that were not looked up without a say; take a number above 0")
     w_KN, often_N = as_matrix(w, axes), jnp.sqrt(seen.often + smooth)
-    a, b = _cut(w_KN * often_N, rank_of(share, w_KN))
+    a, b = _cut(w_KN * often_N, rank_within(share, *w_KN.shape))
     return _as_low_rank(a, b / often_N, w, axes)
 
 

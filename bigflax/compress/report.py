@@ -7,6 +7,7 @@
     flops                of a forward pass of one batch (flops.py)
     ms, speed            the median time of a forward pass of one batch, and how many times faster than at the start, measured in turns with it
     error                for each matrix and layer that changed, |w' - w| / |w|
+    chosen               for each matrix the format or rank that it got out of a budget for all (budget.py); None is dense
 
 Left out on purpose: energy, and times on machines other than the one that measures.
 """
@@ -44,6 +45,7 @@ class Row:
     ms: float
     speed: float = 1.0
     error: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> "Row":

@@ -105,7 +105,7 @@ import resource, sys, jax, numpy as np
 from bigflax import compress, models, trees
 model = models.create("llama", vocab_size=64, hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8)
 params = model.init(jax.random.key(0))
-ids = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
+ids = np.random.default_rng(0).integers(0, 64, (4, 384)).astype(np.int32)  # as many tokens as the widest matrix has inputs
 forward, every = lambda p, b: model.apply(p, **b), "blocks.*/(q|k|v|out|up|gate|down)"
 one = jax.tree.map(lambda x: x[:1] if x.ndim > 2 else x, params)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
