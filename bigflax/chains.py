@@ -10,6 +10,8 @@
     layers       leaves `keep` layers, a number or a share, of each stack: `by` "influence", "run" or "every" (evenly)   rules
     narrow       leaves `keep` of an `axis`, "mlp", "heads" or "kv_heads": `by` "taylor" or "magnitude"                rules
     recover      trains what can train, with the model at the start as a teacher                      steps, lr, weight, temperature, and of optim.make
+    qat          `to` a format of whole numbers: begins as `method`, gptq, quantizes, trains as       steps, method, its `options`, scale_rate, and
+                 recover does, weights and their scales, through the rounding (compress/qat.py)       those of recover
     pack         zeros and their places leave the memory (compress.packed)
 
 A budget for all matrices together: quantize takes several formats, `to=["int3:32", "int4:32", "int8"]`, and `within="4.5 bits"` or "12 MiB"; factorize with
@@ -43,7 +45,7 @@ import numpy as np
 
 from bigflax import compress as small
 from bigflax import hub, models, nn, optim, sharding, train, trees
-from bigflax.compress import budget, distill, factoring, pruning, quantizing, structure
+from bigflax.compress import budget, distill, factoring, pruning, qat, quantizing, structure
 from bigflax.compress.report import Report, Row, divergence, measure
 from bigflax.stored import blocks_of, own_checksums
 from bigflax.weights import Masked, Sparse, input_axis, is_typed, named_weights, parse_axes
@@ -164,18 +166,42 @@ def recover(
     link: Link, *, steps: int, lr: float = 1e-4, weight: float = 0.5, temperature: float = 2.0, say: Callable[[str], None] = print, **optimizer: Any
 ) -> Link:  # fmt: skip
     """Trains so many steps of the run's own batches by the run's own task, and `weight` of it by what the model at the start says of them: 0 is no teacher."""
+    return _trained(link, "recover", say, lambda tx: tx, steps=steps, lr=lr, weight=weight, temperature=temperature, **optimizer)
+
+
+LEARN = Verb(qat.learned, qat.METHODS, qat.read_whole, "rtn")
+
+
+def learn(
+    link: Link, *, steps: int, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, method: str = "gptq",
+    options: Mapping[str, Any] | None = None, scale_rate: float = 1.0, lr: float = 1e-4, weight: float = 0.5, temperature: float = 2.0,
+    say: Callable[[str], None] = print, **optimizer: Any,
+) -> Link:  # fmt: skip
+    """Codes that begin as those of a method and its `options`, and are trained as `recover` trains, they and their scales; `scale_rate` is for these."""
+    begun = LEARN(link, to=to, tables=tables, rules=rules, method=method, **(options or {}))
+    normed = optimizer.get("name") != "sgd"  # whose steps grow with the gradient, for which the gradient of a scale is made
+    slower = lambda tx: qat.paced(tx, scale_rate) if normed else tx
+    link = _trained(begun, "qat", say, slower, steps=steps, lr=lr, weight=weight, temperature=temperature, **optimizer)
+    return dataclasses.replace(link, params=qat.settled(link.params))
+
+
+def _trained(
+    link: Link, what: str, say: Callable[[str], None], change: Callable[[Any], Any], *, steps: int, lr: float, weight: float, temperature: float,
+    **optimizer: Any,
+) -> Link:  # fmt: skip
+    """What of the link can train, trained, by the optimizer that `change` makes of that of these options."""
     run, (teacher, told) = link.run, link.start
     task = lambda model: run.loss_of(model, attack=None)
     both = distill.taught(link.params, link.model.axes, *((told, teacher.axes) if weight else ()))
     loss_fn = distill.distill(task, link.model, teacher, weight=weight, temperature=temperature) if weight else task(link.model)
-    tx = optim.make(**{"weight_decay": 0.0, "kind": "linear", "final": 0.0, **optimizer}, lr=lr, steps=steps, axes=both.axes)
+    tx = change(optim.make(**{"weight_decay": 0.0, "kind": "linear", "final": 0.0, **optimizer}, lr=lr, steps=steps, axes=both.axes))
     state = train.init_state(both.params, tx, mesh=run.mesh, axes=both.axes, freeze=both.freeze, seed=run.config.seed, table=run.table)
     step = train.train_step(loss_fn, tx, state, seed=run.config.seed, table=run.table)
     with run.loader("train") as loader:
         for at in range(1, steps + 1):
             state, metrics = step(state, next(loader))
             if at in (1, steps) or at % max(1, steps // 5) == 0:
-                say(f"  recover {at}/{steps}  loss {float(metrics['loss'].value):.4f}")
+                say(f"  {what} {at}/{steps}  loss {float(metrics['loss'].value):.4f}")
     return dataclasses.replace(link, params=distill.untaught(state.weights))
 
 
@@ -234,27 +260,36 @@ STEPS: Mapping[str, Callable[..., Link]] = {
     "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn", "within"),
     "prune": Verb(small.prune, small.PRUNE, pruning.read_pattern, "magnitude"),
     "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd", "spread"),
-    "layers": layers, "narrow": narrow, "recover": recover, "pack": pack,
+    "layers": layers, "narrow": narrow, "recover": recover, "qat": learn, "pack": pack,
 }  # fmt: skip
+BY_NAME = ("quantize", "prune", "factorize", "qat")  # the steps whose rules are over names of weights
 
 
 def check(chain: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for a chain that names no step, or one that there is not, or that contradicts itself."""
     if not chain:
         raise ValueError("a chain has at least one step, such as dict(do='quantize', to='int8')")
-    codes = False
+    codes, changed = "", ""  # the step before that left codes, and that which left no array among the matrices
     for said in chain:
         what = said.get("do", "")
         if what not in STEPS:
             raise ValueError(f"a step does {what!r}; {trees.did_you_mean(str(what), STEPS, 'it can')}")
         if what in ("prune", "factorize", "narrow") and codes:
-            raise ValueError(f"{what} behind quantize has only codes to work on; put it before")
-        codes |= what == "quantize"
+            raise ValueError(f"{what} behind {codes} has only codes to work on; put it before")
+        if what == "qat" and said.get("to") is not None and changed:
+            raise ValueError(
+                f"qat behind {changed} finds no array left that could learn to be rounded; put it in its place, or give other `rules`"
+            )
         step, options = STEPS[what], {name: value for name, value in said.items() if name != "do"}
         if isinstance(step, Verb):
             step.check(**options)
         elif wrong := _wrong(step, options):
             raise ValueError(f"{what} {wrong}")
+        elif what == "qat":
+            all_of = {name: p.default for name, p in inspect.signature(learn).parameters.items()} | options
+            LEARN.check(*(all_of[name] for name in ("to", "tables", "rules", "method")), **(all_of["options"] or {}))
+        codes = what if what in ("quantize", "qat") else codes
+        changed = what if what in ("quantize", "qat", "prune", "factorize") and said.get("to") is not None else changed
 
 
 def foresee(link: Link, chain: Sequence[Mapping[str, Any]]) -> None:
@@ -341,7 +376,7 @@ def compress(
     check(chain)
     chain = [dict(said) for said in chain]
     for said in chain:
-        trees.apply_rules(said.get("rules") or () if isinstance(STEPS[said["do"]], Verb) else (), weights, is_leaf=is_typed)
+        trees.apply_rules(said.get("rules") or () if said["do"] in BY_NAME else (), weights, is_leaf=is_typed)
     folder, metric, mode = (
         os.path.join(run.work, "compress", name),
         run.config.watch.metric,
@@ -386,7 +421,7 @@ def _made(link: Link, way: dict[str, Any], place: str, turns: int, labels: Seque
             say(f"{os.path.basename(place)} is there already")
             return dataclasses.replace(link, run=link.run.of(model), params=params), Row.read(found["row"])
     step = STEPS[said.pop("do")]
-    link = step(dataclasses.replace(link, chosen={}), **said, **({"say": say} if step is recover else {}))
+    link = step(dataclasses.replace(link, chosen={}), **said, **({"say": say} if step in (recover, learn) else {}))
     for name, value in link.chosen.items():
         say(f"  {name}  {'dense' if value is None else value}")
     where = sharding.shardings(link.params, link.model.axes, link.run.mesh, link.run.table)

@@ -27,6 +27,7 @@ CHAINS = {
     "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq")],
     "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq")],
     "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq")],
+    "int4-qat": [dict(do="qat", to=INT4, tables="int8", steps=300)],
     "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq")],
     "half": [dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=200), dict(do="pack")],
     "2:4-int8": [

@@ -38,6 +38,9 @@ CHAINS = {
     "low rank, int8": [dict(do="factorize", to=0.7), dict(do="quantize", to="int8")],
     "formats by a budget": [dict(do="quantize", to=["int3:16", "int4:16", "int8"], within="5.5 bits", tables="int8", method="gptq")],
     "ranks by a budget": [dict(do="factorize", to=0.6, spread=True)],
+    "half of the layers, int4 learned, tables too": [
+        dict(do="layers", keep=0.5), dict(do="qat", to="int4:16", tables="int8", steps=5, options=dict(damp=0.1)),
+    ],
     "int4 and nothing else of the mlp": [dict(do="quantize", rules=[("blocks/mlp/(up|down)", "int4:16")], method="gptq")],
 }  # fmt: skip
 
@@ -110,6 +113,18 @@ def test_what_recovers_is_judged_after_it(trained):
     _, loaded = bigflax.load(os.path.join(run.work, "compress", "recovers", "2-recover"))
     masked = [w for _, w in weights.named_weights(loaded) if isinstance(w, weights.Masked)]
     assert masked and all(bool(np.all(np.asarray(w.w)[~np.asarray(w.mask)] == 0)) for w in masked)
+
+
+@pytest.mark.slow
+def test_rounding_that_is_learned_loses_less(trained):
+    _, run, params = trained
+    ended = lambda name, step: chains.compress(run, params, chain=[step], name=name, **QUIET).rows[-1]
+    rounded = ended("rounded", dict(do="quantize", to="int2"))
+    learned = ended("learned", dict(do="qat", to="int2", method="rtn", steps=60, lr=3e-3, b2=0.99))
+    assert learned.kl < 0.5 * rounded.kl and learned.metrics["loss"] < rounded.metrics["loss"]
+    assert (learned.memory, learned.disk) == (rounded.memory, rounded.disk)
+    _, loaded = bigflax.load(os.path.join(run.work, "compress", "learned", "1-qat-int2-rtn"))
+    assert {w.qtype for _, w in weights.named_weights(loaded) if isinstance(w, weights.Quantized)} == {"int2"}
 
 
 @pytest.mark.slow
@@ -233,6 +248,41 @@ def test_mistakes_are_named_before_any_step_has_worked(trained, chain, message):
     with pytest.raises(ValueError, match=message):
         chains.compress(run, params, chain=chain, name="mistakes", **QUIET)
     assert not os.path.exists(os.path.join(run.work, "compress", "mistakes"))
+
+
+CHECKED = {
+    "a step without what it needs": ([dict(do="qat", to="int4")], "qat needs 'steps'"),
+    "nothing to do": ([dict(do="qat", steps=1)], "`to`, for all of them, or `rules`"),
+    "no such format": ([dict(do="qat", to="int9", steps=1)], "'int9' is no format"),
+    "no whole numbers": ([dict(do="qat", to="nf4", steps=1)], "'nf4' has steps of unequal size"),
+    "no whole numbers in tables": ([dict(do="qat", to="int4", tables="fp8", steps=1)], "'fp8' has steps of unequal size"),
+    "no whole numbers by rule": ([dict(do="qat", rules=[("a", "int4"), (".*", "mxfp4")], steps=1)], "'mxfp4' has steps of unequal size"),
+    "no such method": ([dict(do="qat", to="int8", method="smoothquant", steps=1)], "unknown method 'smoothquant'"),
+    "no such option of the method": ([dict(do="qat", to="int4", steps=1, options=dict(points=3))], "gptq takes no 'points'"),
+    "no such option": ([dict(do="qat", to="int4", steps=1, momentun=0.9)], "qat takes no 'momentun'"),
+    "learned behind codes": (
+        [dict(do="quantize", to="int8"), dict(do="qat", to="int4", steps=1)],
+        "qat behind quantize finds no array left",
+    ),
+    "learned behind zeros": (
+        [dict(do="prune", to="50%"), dict(do="pack"), dict(do="qat", to="int4", steps=1)],
+        "qat behind prune finds no array left",
+    ),
+    "pruned behind learned": ([dict(do="qat", to="int4", steps=1), dict(do="prune", to="50%")], "prune behind qat has only codes"),
+}
+
+
+@pytest.mark.parametrize("chain, message", CHECKED.values(), ids=CHECKED)
+def test_what_contradicts_itself_is_said_without_a_model(chain, message):
+    with pytest.raises(ValueError, match=message):
+        chains.check(chain)
+
+
+def test_some_of_the_matrices_may_learn_behind_others():
+    chains.check([dict(do="prune", rules=[("blocks/mlp/.*", "2:4")]), dict(do="qat", rules=[("blocks/attention/.*", "int4")], steps=1)])
+    chains.check(
+        [dict(do="layers", keep=0.5), dict(do="recover", steps=1), dict(do="qat", to="int4", steps=1, method="awq", weight=1.0, clip=None)]
+    )
 
 
 @pytest.mark.slow

@@ -84,6 +84,10 @@ WEIGHTS = {
     "masked": lambda w, axes: weights.Masked(w, _mask(w, axes)),
     "moving": lambda w, axes: _moving(w, axes),
     "moving by scores": lambda w, axes: _moving(w, axes, _random(w.shape, 8)),
+    "learned int4": lambda w, axes: _learned(w, axes, 4),
+    "learned int3 by groups, with a zero": lambda w, axes: _learned(w, axes, 3, 2, zero=True),
+    "scaled learned int4": lambda w, axes: _scaled(w, axes, lambda w: _learned(w, axes, 4)),
+    "lora over learned int4": lambda w, axes: _lora(_learned(w, axes, 4), axes),
     "scaled": _scaled,
     "scaled int8": lambda w, axes: _scaled(w, axes, lambda w: weights.quantize(w, axes=axes)),
     "rotated": lambda w, axes: weights.rotated(w, KEY, axes=axes),
@@ -100,6 +104,12 @@ def _observed(w, axes):
 
 def _moving(w, axes, scores=None):
     return weights.Moving(w, _mask(w, axes), jnp.zeros(w.shape[: len(weights.parse_axes(axes).stack)], jnp.int32), scores)
+
+
+def _learned(w, axes, bits, group=None, zero=False):
+    """One of which some numbers are clipped."""
+    scale = weights.quantize(w, axes=axes, group=group).scale * (0.7 * 127.5 / (2 ** (bits - 1) - 0.5))
+    return weights.Learned(w, scale, jnp.round(10 * _random(scale.shape, 9)).astype(jnp.int8) if zero else None, bits)
 
 
 def int8_factors(w, axes):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import qwix
 
 from bigflax.ops.matmul import beside, lettered, lookup, operands, product
-from bigflax.weights import IA3, W8A8, LowRank, Masked, Moving, Rotated, Scaled, Sparse, dense, hadamard, shape
+from bigflax.weights import IA3, W8A8, Learned, LowRank, Masked, Moving, Rotated, Scaled, Sparse, dense, hadamard, shape
 
 
 @product.register
@@ -28,7 +28,7 @@ def _(w: Sparse, spec, x, precision=None) -> jax.Array:
     return product(dense(w), spec, x, precision)
 
 
-@product.register(Masked | Moving)
+@product.register(Masked | Moving | Learned)
 def _(w, spec, x, precision=None) -> jax.Array:
     return product(dense(w), spec, x, precision)
 

@@ -2,6 +2,7 @@
 
     Quantized(qvalue, scale)   w = (qvalue - zero_point) * scale         an array of the Qwix library, with our laws
     Rounded(w, kind)           w itself, which trains; only its products round it, and what they multiply it by, to 8 bits
+    Learned(w, scale)          w rounded to codes of few bits, straight through, while it and its `scale` train
     LoRA(base, a, b)           w = base + (a . b) * alpha / rank          `base` may be any weight, so LoRA(Quantized) is QLoRA
     DoRA(base, a, b, m)        w = m * v / |v|, v = LoRA(base, a, b)      |v| is over the inputs of each output
     IA3(base, scale)           w = base * scale                           `scale` varies over the outputs or over the inputs
@@ -28,7 +29,8 @@ Axes of a weight are one string, written where the weight is declared:
 
 Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685), section 4.1; its scale alpha / sqrt(rank), Kalajdzievski 2023 (2312.03732); QLoRA, Dettmers et
 al. 2023 (2305.14314), equation 5; DoRA, Liu et al. 2024 (2402.09353), equation 5 and section 4.3; IA3, Liu et al. 2022 (2205.05638), section 3.3;
-adapters, Houlsby et al. 2019 (1902.00751) and Pfeiffer et al. 2020 (2005.00247); prompts, Lester et al. 2021 (2104.08691).
+learned scales, Esser et al. 2020 (1902.08153), equation 3; adapters, Houlsby et al. 2019 (1902.00751) and Pfeiffer et al. 2020 (2005.00247); prompts,
+Lester et al. 2021 (2104.08691).
 and what compression leaves (compressed.py, by compress/):
 
     LowRank(a, b)              w = a . b                                 fewer numbers
@@ -74,12 +76,12 @@ from bigflax.weights.laws import (
     trains,
     typed,
 )
-from bigflax.weights.narrow import KINDS, Quantized, Rounded, quantize, rounded
+from bigflax.weights.narrow import KINDS, Learned, Quantized, Rounded, coded, quantize, rounded
 from bigflax.weights.observed import Observed, Seen
 
 __all__ = [
-    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "LoRA", "LowRank", "Masked", "Moving",
-    "Observed", "Perturbed", "Prompted", "Quantized", "Rotated", "Rounded", "Scaled", "Seen", "Sparse", "Weight", "adapter", "can_train",
-    "dense", "dora", "hadamard", "ia3", "input_axis", "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted",
-    "quantize", "rotated", "rounded", "rows", "shape", "sparse", "trainable", "trains", "typed", "write_axes",
+    "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "Learned", "LoRA", "LowRank", "Masked", "Moving",
+    "Observed", "Perturbed", "Prompted", "Quantized", "Rotated", "Rounded", "Scaled", "Seen", "Sparse", "Weight", "adapter", "can_train", "coded",
+    "dense", "dora", "hadamard", "ia3", "input_axis", "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize",
+    "rotated", "rounded", "rows", "shape", "sparse", "trainable", "trains", "typed", "write_axes",
 ]  # fmt: skip

@@ -51,6 +51,15 @@ def awq(W, X, bits, group, points=20):
     return best[1:]
 
 
+def lsq(v, s, bits, zero=0.0):
+    """(v^, dv^/dv, dv^/ds) of each number: Esser et al. 2020, equations 1 to 3 and 5, each number with its own s; a zero point is added before rounding."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    x = v / s + zero
+    where = [x <= low, x >= high]
+    value = np.select(where, [(low - zero) * s, (high - zero) * s], (np.round(x) - zero) * s)
+    return value, np.select(where, [0.0, 0.0], 1.0), np.select(where, [low - zero, high - zero], -x + np.round(x))
+
+
 def smoothquant(W, X, alpha=0.5):
     return np.abs(X).max(0) ** alpha / np.abs(W).max(0) ** (1 - alpha)
 

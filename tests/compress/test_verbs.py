@@ -7,6 +7,7 @@ import pytest
 
 from bigflax import compress, models, optim, peft, sharding, tasks, train, trees, weights
 from bigflax.checkpoint import Checkpoints
+from bigflax.compress import qat
 
 KEY = jax.random.key(0)
 EVERY = "blocks.*/(q|k|v|out|up|gate|down)"
@@ -62,6 +63,7 @@ CHAINS = {
         case[0], compress.factorize(case[0], case[1], [(EVERY, 0.5)], method="svd"), [(EVERY, "int8")]
     ),
     "masked": lambda case: compress.prune(case[0], case[1], [(EVERY, "50%")], method="magnitude"),
+    "learned int4": lambda case: qat.learned(case[0], case[1], [(EVERY, "int4:32")], method="gptq", forward=case[2], batches=case[3]),
 }
 
 
