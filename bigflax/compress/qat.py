@@ -83,11 +83,19 @@ def learned(
 
 
 def begun(made: Weight, w: Array) -> Weight:
-    """A Learned that has the codes of `made`, a Quantized, or one within a Scaled or a Rotated, and else is as near to the array as these allow."""
+    """A Learned that has the codes of `made`, a Quantized, or one within a Scaled or a Rotated, and else is as near to the array as these allow, in float32.
+
+    Of a whole model that is quantized already: jax.tree.map(begun, small, params, is_leaf=is_typed); arrays stay. Where the weights from before are lost, give
+    `dense(made)`, from which every code is equally far. Raises ValueError where there are no codes of whole numbers."""
+    if not is_typed(made):
+        return made
     if isinstance(made, Scaled):
         return dataclasses.replace(made, base=begun(made.base, w / made.scale))
     if isinstance(made, Rotated):
         return dataclasses.replace(made, base=begun(made.base, hadamard(w * made.signs.astype(w.dtype), made.axis)))
+    if not isinstance(made, Quantized) or not str(made.qtype).startswith("int"):
+        kind = f"Quantized of {made.qtype}" if isinstance(made, Quantized) else type(made).__name__
+        raise ValueError(f"a {kind} has no codes of whole numbers, whose steps could learn; begin with a Quantized of int8 to int2")
     start = Learned(w, made.scale, made.zero_point, int(str(made.qtype)[3:]))
     (w, scale, zero), (low, high) = start.grouped, start.limits
     codes, scale = made.qvalue.astype(jnp.float32).reshape(w.shape), scale.astype(jnp.float32)
