@@ -309,6 +309,10 @@ def foresee(link: Link, chain: Sequence[Mapping[str, Any]]) -> None:
                 link = dataclasses.replace(link, params=_with(link.params, few))
             elif what in AHEAD:
                 link = STEPS[what](link, **options)
+            elif what == "qat":
+                meant = {name: options[name] for name in ("to", "tables", "rules") if name in options}
+                begun = LEARN(link, method=options.get("method", "gptq"), **meant, **(options.get("options") or {}))
+                link = dataclasses.replace(link, params=jax.eval_shape(qat.settled, begun.params))
             elif what != "recover":  # which leaves all shapes as they are
                 return
         except ValueError as error:
