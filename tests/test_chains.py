@@ -10,7 +10,7 @@ import pytest
 import running
 
 import bigflax
-from bigflax import chains, compress, exports, models, recipes, runs, trees, weights
+from bigflax import chains, compress, exports, models, recipes, runs, steps, trees, weights
 from bigflax.compress.report import Report
 from bigflax.main import main
 
@@ -76,10 +76,8 @@ def test_a_chain_goes_on_where_it_stopped(trained, monkeypatch):
     _, run, params = trained
     chain = [dict(do="quantize", rules=[("blocks/mlp/up", "int8")]), dict(do="quantize", rules=[("blocks/mlp/down", "int8")])]
     done = []
-    quantize = chains.STEPS["quantize"]
-    counting = lambda *of, **options: done.append(options) or quantize.call(*of, **options)
-    steps = {**chains.STEPS, "quantize": quantize._replace(call=counting)}
-    monkeypatch.setattr(chains, "STEPS", steps)
+    counting = lambda link, **said: done.append(said) or steps.STEPS["quantize"](link, **said)
+    monkeypatch.setattr(chains, "STEPS", {**steps.STEPS, "quantize": counting})
     chains.compress(run, params, chain=chain[:1], name="resumed", **QUIET)
     report = chains.compress(run, params, chain=chain, name="resumed", **QUIET)
     assert len(done) == 2  # the first step was read
@@ -174,15 +172,15 @@ def test_a_mixture_and_its_table_go_through_chains(tmp_path):
 
 
 def test_tables_alone_need_a_table_and_go_by_their_own_method():
-    chains.check([dict(do="factorize", tables=0.5, method="frequency")])
+    steps.check([dict(do="factorize", tables=0.5, method="frequency")])
     with pytest.raises(ValueError, match="or `tables` alone"):
-        chains.check([dict(do="factorize", method="frequency")])
+        steps.check([dict(do="factorize", method="frequency")])
     with pytest.raises(ValueError, match="no share"):
-        chains.check([dict(do="factorize", tables="half")])
+        steps.check([dict(do="factorize", tables="half")])
     assert chains.name_of(1, dict(do="quantize", to="int8", tables="int8")) == "1-quantize-int8"
     pictures = types.SimpleNamespace(run=None, model=models.create("vit", size="tiny"), params={}, forward=None, batches=[])
     with pytest.raises(ValueError, match="no table of words"):
-        chains.STEPS["factorize"](pictures, tables=0.5)
+        steps.STEPS["factorize"](pictures, tables=0.5)
 
 
 MISTAKES = {
@@ -275,12 +273,12 @@ CHECKED = {
 @pytest.mark.parametrize("chain, message", CHECKED.values(), ids=CHECKED)
 def test_what_contradicts_itself_is_said_without_a_model(chain, message):
     with pytest.raises(ValueError, match=message):
-        chains.check(chain)
+        steps.check(chain)
 
 
 def test_some_of_the_matrices_may_learn_behind_others():
-    chains.check([dict(do="prune", rules=[("blocks/mlp/.*", "2:4")]), dict(do="qat", rules=[("blocks/attention/.*", "int4")], steps=1)])
-    chains.check(
+    steps.check([dict(do="prune", rules=[("blocks/mlp/.*", "2:4")]), dict(do="qat", rules=[("blocks/attention/.*", "int4")], steps=1)])
+    steps.check(
         [dict(do="layers", keep=0.5), dict(do="recover", steps=1), dict(do="qat", to="int4", steps=1, method="awq", weight=1.0, clip=None)]
     )
 
@@ -290,11 +288,11 @@ def test_too_few_batches_for_the_last_step_are_told_before_the_first(trained):
     _, run, params = trained
     with run.loader("train") as loader:
         batch = {name: x[:1] for name, x in next(loader).items()}
-    link = chains.Link(run, params, [batch], (run.model, params))
+    link = steps.Link(run, params, [batch], (run.model, params))
     half, last = dict(do="narrow", axis="mlp", keep=0.5), dict(do="quantize", to="int8", method="gptq")
     with pytest.raises(ValueError, match="step 3, quantize: gptq needs as many positions as a matrix has inputs, 64 of blocks/mlp/down"):
-        chains.foresee(link, [half, dict(do="recover", steps=9), last])
-    chains.foresee(link, [half, dict(do="quantize", rules=[("blocks/mlp/up", "int8")], method="gptq")])  # 32 inputs, 32 positions
+        steps.foresee(link, [half, dict(do="recover", steps=9), last])
+    steps.foresee(link, [half, dict(do="quantize", rules=[("blocks/mlp/up", "int8")], method="gptq")])  # 32 inputs, 32 positions
 
 
 @pytest.mark.slow
@@ -302,8 +300,8 @@ def test_what_only_numbers_tell_ends_what_is_foreseen(trained):
     """How many zeros SparseGPT leaves to an output is not known ahead: no group is refused behind it."""
     _, run, params = trained
     with run.loader("train") as loader:
-        link = chains.Link(run, params, [next(loader)], (run.model, params))
-    chains.foresee(link, [dict(do="prune", to="50%", method="sparsegpt"), dict(do="pack"), dict(do="quantize", to="int4:24")])
+        link = steps.Link(run, params, [next(loader)], (run.model, params))
+    steps.foresee(link, [dict(do="prune", to="50%", method="sparsegpt"), dict(do="pack"), dict(do="quantize", to="int4:24")])
 
 
 @pytest.mark.slow
@@ -320,7 +318,7 @@ def test_a_folder_of_typed_weights_is_no_beginning_of_a_recipe(trained, tmp_path
 
 def test_every_chain_of_the_recipe_is_one():
     for name in recipes.chain_table():
-        chains.check(recipes.load_chain(name))
+        steps.check(recipes.load_chain(name))
     with pytest.raises(ValueError, match="'int8'"):
         recipes.load_chain("int9")
     assert chains.read_loss("1%") == 0.01 and chains.read_loss("0.5") == 0.5

@@ -14,7 +14,7 @@ FLOORS = [  # the first part of a module's name below `bigflax`, floor by floor
     "ops sharding pipeline hosts xla optim metrics scores writers curves",
     "nn data checkpoint peft compress",
     "models hub packed gguf parity train tasks generate explain export planner adversarial preference adapters",
-    "main recipes runs exports taught chains summaries plans",
+    "main recipes runs exports taught chains steps summaries plans",
 ]
 HOMES = {  # dependency -> where it may be imported
     "flax": ("bigflax/nn/", "bigflax/models/"),

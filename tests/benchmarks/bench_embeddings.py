@@ -16,7 +16,7 @@ import numpy as np
 from report import table
 
 import bigflax
-from bigflax import chains, compress, data, trees
+from bigflax import compress, data, steps, trees
 
 WAYS = {  # format of the layers' matrices (None: as they are), its method, that of the tables
     "int8, matrices alone": ("int8", "rtn", None),
@@ -55,8 +55,8 @@ def embeddings(model, params, batches) -> np.ndarray:
 def small(model, params, way: str, batches):
     to, method, tables = WAYS[way]
     forward = lambda params, batch: model.apply(params, **batch)
-    params = compress.quantize(model, params, chains.matrices(model, to), method=method, forward=forward, batches=batches)
-    return params if tables is None else compress.quantize(model, params, chains.tables_of(model, tables))
+    params = compress.quantize(model, params, steps.matrices(model, to), method=method, forward=forward, batches=batches)
+    return params if tables is None else compress.quantize(model, params, steps.tables_of(model, tables))
 
 
 def main() -> None:
