@@ -116,9 +116,9 @@ def test_what_recovers_is_judged_after_it(trained):
 @pytest.mark.slow
 def test_rounding_that_is_learned_loses_less(trained):
     _, run, params = trained
-    ended = lambda name, step: chains.compress(run, params, chain=[step], name=name, **QUIET).rows[-1]
-    rounded = ended("rounded", dict(do="quantize", to="int2"))
-    learned = ended("learned", dict(do="qat", to="int2", method="rtn", steps=60, lr=3e-3, b2=0.99))
+    said, ended = dict(to="int2", tables="int2"), lambda name, step: chains.compress(run, params, chain=[step], name=name, **QUIET).rows[-1]
+    rounded = ended("rounded", dict(do="quantize", **said))
+    learned = ended("learned", dict(do="qat", method="rtn", steps=60, lr=3e-3, weight=1.0, **said))
     assert learned.kl < 0.5 * rounded.kl and learned.metrics["loss"] < rounded.metrics["loss"]
     assert (learned.memory, learned.disk) == (rounded.memory, rounded.disk)
     _, loaded = bigflax.load(os.path.join(run.work, "compress", "learned", "1-qat-int2-rtn"))

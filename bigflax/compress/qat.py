@@ -13,6 +13,7 @@ they begin decides what a few hundred steps can reach. A method of compress.quan
 
 A weight begins as what it was, moved as far as it takes to have the code that the method gave it (GPTQ's is often not the nearest) and not to be clipped,
 where it would get no gradient. So the first product is the method's own, and a weight that it moved lies at the border to the code that it came from.
+A small decoder of int2 after 100 steps by its teacher alone, KL from it: from gptq 0.0007, from lsq 0.0009, where rounding had 0.2019 and GPTQ 0.0230.
 
 LSQ multiplies the gradient of a scale by g = 1 / sqrt(N Q_P), so that scales and weights move in proportion to their sizes (section 2.2). An optimizer that
 divides by the size of gradients, Adam or Lion, undoes that: all numbers move by the rate. What is left of the paper's argument is that a weight is about
