@@ -232,11 +232,11 @@ class Transformer(nn.Module):
         """Keys and values for `length` tokens in all, in a `dtype` of nn.CACHES, by default the activations', with the leading layer axis that `stack`
         slices. What is made of a memory, where the layers look at one, is empty until the first call is given it."""
         block, layers = self.groups[0].blocks[0], sum(group.layers for group in self.groups)
-        dtype = self.embed.dtype if dtype is None else dtype
+        kept: str = self.embed.dtype if dtype is None else dtype
 
         def keys(attention: Attention, length: int) -> dict[str, Any]:
             kv = (layers, batch, length, attention.kv_heads or attention.heads, attention.head_dim)
-            return {"k": empty(kv, dtype), "v": empty(kv, dtype), "segments": jnp.zeros(kv[:3], jnp.int32)}
+            return {"k": empty(kv, kept), "v": empty(kv, kept), "segments": jnp.zeros(kv[:3], jnp.int32)}
 
         own = {**keys(block.attention, length), "index": jnp.zeros(layers, jnp.int32)}
         return own if block.cross is None else {"own": own, "cross": keys(block.cross, 0)}

@@ -478,6 +478,7 @@ FAMILIES = {  # student, teacher, task, options, mesh: heads, layers and widths 
 }
 
 
+@pytest.mark.slow
 def test_a_model_learns_what_another_looks_at():
     """Encoders of other widths, heads and numbers of layers: what looks learns, the teacher does not, and padding changes nothing."""
     student = models.create("bert", **SMALL, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
