@@ -17,7 +17,7 @@ from bigflax.compress import qat, quantizing
 from bigflax.weights import Learned, Quantized
 
 KEY = jax.random.key(0)
-each_format = pytest.mark.parametrize("text", ["int4:16", "int2:8", "int3", "int8:16", "int4:16:asym", "int3:8:asym"])
+each_format = pytest.mark.parametrize("text", ["int2:8", "int3", "int8:16", "int4:16:asym"])
 
 
 def narrowed(axes, shape, text):
@@ -58,9 +58,8 @@ def test_gradients_are_the_papers(text, axes, shape, spec, inputs):
 
 @each_axes
 @pytest.mark.parametrize("method", qat.METHODS)
-@pytest.mark.parametrize("text", ["int4:16", "int2:8:asym"])
-def test_it_begins_as_its_method_leaves_it_and_all_of_it_trains(text, method, axes, shape, spec, inputs):
-    w, fmt = laid_out(axes, shape), quantizing.read_format(text.removesuffix(":asym") if method == "lsq" else text)
+def test_it_begins_as_its_method_leaves_it_and_all_of_it_trains(method, axes, shape, spec, inputs):
+    w, fmt = laid_out(axes, shape), quantizing.read_format("int3:8" if method == "lsq" else "int3:8:asym")
     made = qat.METHODS[method].make(w, fmt, axes=axes, seen=SEEN)
     start = qat.begun(made, w)
     np.testing.assert_array_equal(weights.dense(start), weights.dense(made))
