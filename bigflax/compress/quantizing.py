@@ -14,7 +14,7 @@ Types: int8 to int2, nf4 (Dettmers et al. 2023, 2305.14314, appendix E), fp8 (e4
 All are `Quantized`, arrays of the Qwix library, which multiplies them. Qwix's own GPTQ and AWQ are bare calls that know no nf4, unroll a Python loop over
 all inputs when compiled, take no order, and weigh errors by the mean activation instead of the products'; so these are ours.
 
-Legend: K inputs, N outputs, G groups of inputs.
+Legend: K inputs, N outputs, G groups of inputs, P points of a search.
 """
 
 import dataclasses
@@ -211,29 +211,33 @@ def _gptq(w_KN, hessian_KK, fmt, damp, order, clip, block):
 def awq(w: Array, fmt: Format, *, axes: str, seen: Seen, points: int = 20, clip: bool = True) -> Weight:
     """AWQ: Scaled(Quantized(s w), 1 / s) with s = (mean |x|)^a, or (mean |x|)^a (mean |w|)^(a - 1) of each input, a of `points` in 0..1: whichever changes the
     matrix's products least, by the hessian exactly and not by the outputs of the module that it is in, each matrix with scales of its own. Then, as the
-    authors do, each group is clipped where its products err less."""
+    authors do, each group is clipped where its products err less; of the five best s that which errs least with it is taken."""
     w_KN = as_matrix(w, axes)
-    s_K = _awq(w_KN, seen.hessian, seen.size / seen.count, fmt, points)
+    s_K = _awq(w_KN, seen.hessian, seen.size / seen.count, fmt, points, clip)
     made = _rounded(w_KN * s_K[:, None], fmt, axes, w, seen.hessian / jnp.outer(s_K, s_K), clip)
     return Scaled(made, as_written((1 / s_K)[:, None], *one_output(axes, w.shape)).astype(w.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _awq(w_KN, hessian_KK, size_K, fmt, points):
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _awq(w_KN, hessian_KK, size_K, fmt, points, clip):
     own_K = jnp.abs(w_KN).mean(1)
     base_K, own_K = (jnp.maximum(x, 1e-4 * x.max() + 1e-20) for x in (size_K, own_K))
 
-    def at(power, by_own):
+    def scales(power, by_own):
         s_K = base_K**power * own_K ** (by_own * (power - 1))
-        s_K = s_K / jnp.sqrt(s_K.max() * s_K.min())
-        scaled = w_KN * s_K[:, None]
-        codes, scale, zero = _codes(scaled, fmt, None, False)
-        found = decode(to_groups(codes, fmt), scale[:, None], _beside(zero), fmt).reshape(w_KN.shape) / s_K[:, None]
-        return product_error(found - w_KN, hessian_KK), s_K
+        return s_K / jnp.sqrt(s_K.max() * s_K.min())
 
-    powers = jnp.arange(points) / points
-    errors, scales = jax.lax.map(lambda said: at(*said), (jnp.tile(powers, 2), jnp.repeat(jnp.arange(2.0), points)))
-    return scales[jnp.argmin(errors)]
+    def error(s_K, clip):
+        codes, scale, zero = _codes(w_KN * s_K[:, None], fmt, hessian_KK / jnp.outer(s_K, s_K) if clip else None, clip)
+        found = decode(to_groups(codes, fmt), scale[:, None], _beside(zero), fmt).reshape(w_KN.shape) / s_K[:, None]
+        return product_error(found - w_KN, hessian_KK)
+
+    s_PK = jax.vmap(scales)(jnp.tile(jnp.arange(points) / points, 2), jnp.repeat(jnp.arange(2.0), points))
+    errors_P = jax.lax.map(lambda s_K: error(s_K, False), s_PK)
+    if not clip:
+        return s_PK[jnp.argmin(errors_P)]
+    s_PK = s_PK[jnp.argsort(errors_P)[:5]]  # clipping costs twenty times as much: of the best alone
+    return s_PK[jnp.argmin(jax.lax.map(lambda s_K: error(s_K, True), s_PK))]
 
 
 def smoothquant(w: Array, fmt: Format, *, axes: str, seen: Seen, alpha: float = 0.5) -> Weight:
