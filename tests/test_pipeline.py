@@ -1,5 +1,6 @@
 """A pipeline is the scan over the same layers: values, every gradient, and what layers return beside, for any schedule on any mesh."""
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,14 +183,14 @@ def test_models_equal_one_device(family, config, sizes, options):
 
 
 def test_dropout_keeps_its_share_and_follows_the_seed():
-    class Dropping(nn.nn.Module):
-        @nn.nn.compact
+    class Dropping(linen.Module):
+        @linen.compact
         def __call__(self, x, each=None):
             w = nn.weight(self, "w", (1,), "norm", nn.ones)
             return x, {"kept": nn.dropout(self, jnp.ones_like(x) * w, 0.25) > 0}
 
-    class Stack(nn.nn.Module):
-        @nn.nn.compact
+    class Stack(linen.Module):
+        @linen.compact
         def __call__(self, x):
             return {"kept": nn.stack(Dropping(parent=self, name="blocks"), L, x)[1]["kept"]}
 

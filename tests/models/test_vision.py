@@ -3,6 +3,7 @@
 import functools
 import json
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ def made(module, **example):
     return jax.device_get(params), functools.partial(model.apply, params), model
 
 
-class Tokens(nn.nn.Module):
+class Tokens(linen.Module):
     """An embedding alone."""
 
     embed: vision.PatchEmbed
@@ -143,8 +144,8 @@ def test_mistakes(x, options, message):
 # -- heads -----------------------------------------------------------------------------------------------------------------
 
 
-class Read(nn.nn.Module):
-    head: nn.nn.Module
+class Read(linen.Module):
+    head: linen.Module
 
     def __call__(self, x, real=None):
         return self.head(x, None, real)
