@@ -130,6 +130,8 @@ def _described(name: str, w: Any, dtype: Any, items: list[Item]) -> dict[str, An
     if weights.is_typed(w):
         if isinstance(w, weights.Perturbed):
             raise ValueError(f"{name} is a Perturbed, which belongs to one batch and is not saved; save its base")
+        if isinstance(w, weights.Observed):
+            raise ValueError(f"{name} is an Observed, which looks at one pass and is not saved; save its base")
         parts = _parts(w)
         static = {f.name: _plain(f"{name}/{f.name}", getattr(w, f.name)) for f in dataclasses.fields(w) if f.name not in parts}
         below = {part: _described(f"{name}/{part}", x, None, items) for part, x in parts.items()}

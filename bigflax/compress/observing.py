@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import nn, trees
-from bigflax.ops.observed import reading
+from bigflax.ops.observed import counting, reading
 from bigflax.weights import Observed, Seen, Weight, is_typed, named_weights, parse_axes, shape, write_axes
 
 Array = jax.Array
@@ -101,9 +101,30 @@ def observe(
 def positions(
     forward: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], names: Sequence[str], *, axes: Any
 ) -> dict[str, int]:  # fmt: skip
-    """How many inputs each of the named matrices has over all batches, padding left out, the fewest of a stack. It costs a compilation and next to no work,
-    for the numbers of inputs depend on no state of the model."""
-    return {name: int(seen.count.min()) for name, seen in observe(forward, params, batches, names, axes=axes, wants=()).items()}
+    """How many inputs each of the named matrices has over all batches, padding left out; of one that is used several times those of one use, of a mixture's
+    experts those of all together. The forward is traced for each shape of a batch, and neither compiled nor run. Raises ValueError for a matrix that does not
+    multiply."""
+    texts, leaves, found = dict(trees.named_leaves(axes)), dict(named_weights(params)), dict.fromkeys(names, 0.0)
+    told: dict[str, Mapping[Any, tuple[int, bool]]] = {}
+    for batch in batches:
+        mask, like = _mask(batch), str(jax.tree.map(lambda x: (np.shape(x), np.result_type(x)), batch))
+        if like not in told:
+            mark = object()  # a new one, so that no trace of before is taken for this one
+            watched = {name: Observed(leaves[name], blank(leaves[name], texts[name], ()), (name, mark)) for name in names}
+            instead = lambda name, w, watched=watched: watched.get(name, w)
+
+            def traced(params, batch, instead=instead):
+                with reading(_mask(batch)):
+                    return _sum(forward(trees.map_named(instead, params, is_leaf=is_typed), batch))
+
+            with counting() as told[like]:
+                jax.eval_shape(traced, params, batch)
+        share = 1.0 if mask is None else float(np.mean(np.asarray(mask) > 0))
+        for (name, _), (rows, masked) in told[like].items():
+            found[name] += rows * (share if masked else 1.0)
+    if unseen := sorted(name for name in names if not found[name]):
+        raise ValueError(f"nothing went into {unseen[0]} while it was observed; give batches, and a forward that uses it as a matrix")
+    return {name: round(many) for name, many in found.items()}
 
 
 def _mask(batch: Any) -> Array | None:

@@ -9,6 +9,7 @@ Legend: S a stack of matrices, R rows, K inputs.
 import contextlib
 import contextvars
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from bigflax.weights import Observed, Seen
 Array = jax.Array
 
 _real: contextvars.ContextVar[Array | None] = contextvars.ContextVar("bigflax_real", default=None)
+_counted: contextvars.ContextVar[dict[Any, tuple[int, bool]] | None] = contextvars.ContextVar("bigflax_counted", default=None)
 
 
 @contextlib.contextmanager
@@ -32,6 +34,17 @@ def reading(real_BT: Array | None):
         _real.reset(token)
 
 
+@contextlib.contextmanager
+def counting():
+    """While a model is traced inside, nothing is looked at but how many rows each Observed is multiplied with: {key: (rows, whether padding is among them)}. Of
+    one that is used several times those of its last use, of experts all that are sent to any of them."""
+    token = _counted.set({})
+    try:
+        yield _counted.get()
+    finally:
+        _counted.reset(token)
+
+
 @product.register
 def _(w: Observed, spec, x, precision=None) -> Array:
     spec = lettered(spec, x.ndim)
@@ -42,11 +55,11 @@ def _(w: Observed, spec, x, precision=None) -> Array:
     flat_SRK = jnp.einsum(f"{inputs}->{stack}{rows}{summed}", x).reshape(
         *(x.shape[inputs.index(c)] for c in stack), -1, int(np.prod([x.shape[inputs.index(c)] for c in summed]))
     )
-    real = _real.get()
-    there = jnp.ones(flat_SRK.shape[-2], jnp.float32)
+    real, there, masked = _real.get(), jnp.ones(flat_SRK.shape[-2], jnp.float32), False
     if real is not None and real.shape == x.shape[:2] and inputs[:2] == rows[:2]:
         there = jnp.broadcast_to(real.reshape(*real.shape, *(1,) * (len(rows) - 2)), [x.shape[inputs.index(c)] for c in rows]).reshape(-1)
-    return watched(w, product(w.base, spec, x, precision), flat_SRK, there)
+        masked = True
+    return watched(w, product(w.base, spec, x, precision), flat_SRK, there, masked)
 
 
 @lookup.register
@@ -59,9 +72,12 @@ def _(w_VD: Observed, ids, dtype=None, axes=("vocab", "embed")) -> Array:
     return told(w_VD, rows, dataclasses.replace(nothing, often=nothing.often.at[ids].add(there, mode="clip")))
 
 
-def watched(w: Observed, y: Array, x: Array, there: Array) -> Array:
-    """y, the product of rows x [.., R, K]; those count that `there` [.., R], float32, says, each as much as it says. Where `there` has a stack in front
-    and x has none, every matrix is given all rows."""
+def watched(w: Observed, y: Array, x: Array, there: Array, masked: bool = True) -> Array:
+    """y, the product of rows x [.., R, K]; those count that `there` [.., R], float32, says, each as much as it says; `masked` where padding does not. Where
+    `there` has a stack in front and x has none, every matrix is given all rows."""
+    if (counted := _counted.get()) is not None:
+        counted[w.key] = (x.shape[-2], masked)
+        return y
     return _watch(y, jax.lax.stop_gradient(x), there, w.seen)
 
 

@@ -35,13 +35,14 @@ class Seen:
         return jnp.diagonal(self.hessian, axis1=-2, axis2=-1)
 
 
-@typed("base", "seen")
+@typed("base", "seen", meta=["key"])
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """A weight whose `seen`, zeros, has for a gradient the statistics of what it is multiplied with."""
+    """A weight whose `seen`, zeros, has for a gradient the statistics of what it is multiplied with; `key` is by what `ops.observed.counting` knows it."""
 
     base: Weight
     seen: Seen
+    key: Any = None
 
 
 @shape.register
@@ -57,7 +58,8 @@ def _(w: Observed):
 @part_axes.register
 def _(w: Observed, axes: str):
     ax = parse_axes(axes)
-    return Observed(part_axes(w.base, axes), jax.tree.map(lambda part: " ".join((*ax.stack, *"_" * (part.ndim - len(ax.stack)))), w.seen))
+    seen = jax.tree.map(lambda part: " ".join((*ax.stack, *"_" * (part.ndim - len(ax.stack)))), w.seen)
+    return Observed(part_axes(w.base, axes), seen, w.key)
 
 
 @can_train.register
