@@ -107,7 +107,7 @@ def positions(
     texts, leaves, found = dict(trees.named_leaves(axes)), dict(named_weights(params)), dict.fromkeys(names, 0.0)
     told: dict[str, Mapping[Any, tuple[int, bool]]] = {}
     for batch in batches:
-        mask, like = _mask(batch), str(jax.tree.map(lambda x: (np.shape(x), np.result_type(x)), batch))
+        mask, like = _mask(batch), str(jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", ""))), batch))
         if like not in told:
             mark = object()  # a new one, so that no trace of before is taken for this one
             watched = {name: Observed(leaves[name], blank(leaves[name], texts[name], ()), (name, mark)) for name in names}
