@@ -38,9 +38,10 @@ def reading(real_BT: Array | None):
 def counting():
     """While a model is traced inside, nothing is looked at but how many rows each Observed is multiplied with: {key: (rows, whether padding is among them)}. Of
     one that is used several times those of its last use, of experts all that are sent to any of them."""
-    token = _counted.set({})
+    counted: dict[Any, tuple[int, bool]] = {}
+    token = _counted.set(counted)
     try:
-        yield _counted.get()
+        yield counted
     finally:
         _counted.reset(token)
 
