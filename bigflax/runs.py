@@ -127,7 +127,9 @@ class Run:
         elif c.kind == "file" and not c.path:
             raise ValueError("tokenizer.kind 'file' needs tokenizer.path: a tokenizer.json, or a folder with one")
         elif c.kind in ("bytes", "file"):
-            made = data.load_tokenizer("bytes" if c.kind == "bytes" else c.path, **({"mask": c.mask} if c.mask else {}))
+            weights = self.config.model.source, (self.config.get("teacher") or {}).get("source")  # a hub id is known by what it names alone
+            path = "bytes" if c.kind == "bytes" else hub.fetch(c.path) if c.path in weights else c.path
+            made = data.load_tokenizer(path, **({"mask": c.mask} if c.mask else {}))
         else:
             raise ValueError(f"unknown tokenizer kind {c.kind!r}; {trees.did_you_mean(c.kind, ('bpe', 'bytes', 'file'), 'there are')}")
         if self.work and jax.process_index() == 0:

@@ -263,6 +263,16 @@ loud = tasks.Task(half, {"input_ids": data.reading(shout, data.labelled_shapes)}
 """
 
 
+def test_weights_and_tokenizer_of_a_hub_id_are_those_of_its_folder(home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, **_: {"owner/name": str(home / "published")}[source])
+    here, there = (
+        runs.Run(recipes.resolve(recipe(home, work="", model=dict(source=source)), []))
+        for source in (str(home / "published"), "owner/name")
+    )
+    assert there.tokenizer.fingerprint == here.tokenizer.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, *(run.init_state().weights["embed"] for run in (here, there)))
+
+
 def test_a_task_of_ones_own(home):
     (home / "mine.py").write_text(OWN)
     task = dict(name=f"{home}/mine.py:loud", share=0.25)
