@@ -271,10 +271,15 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
         elif wrong := _wrong(step, options):
             raise ValueError(f"{what} {wrong}")
         elif what == "qat":
-            all_of = {name: p.default for name, p in inspect.signature(learn).parameters.items()} | options
-            LEARN.check(*(all_of[name] for name in ("to", "tables", "rules", "method")), **(all_of["options"] or {}))
+            LEARN.check(**_begins(options))
         codes = what if what in ("quantize", "qat") else codes
         changed = what if what in ("quantize", "qat", "prune", "factorize") and said.get("to") is not None else changed
+
+
+def _begins(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What these options of `learn` say to LEARN."""
+    said = {name: p.default for name, p in inspect.signature(learn).parameters.items()} | options
+    return {**{name: said[name] for name in ("to", "tables", "rules", "method")}, **(said["options"] or {})}
 
 
 def foresee(link: Link, chain: Sequence[Mapping[str, Any]]) -> None:
@@ -295,9 +300,7 @@ def foresee(link: Link, chain: Sequence[Mapping[str, Any]]) -> None:
             elif what in AHEAD:
                 link = STEPS[what](link, **options)
             elif what == "qat":
-                meant = {name: options[name] for name in ("to", "tables", "rules") if name in options}
-                begun = LEARN(link, method=options.get("method", "gptq"), **meant, **(options.get("options") or {}))
-                link = dataclasses.replace(link, params=jax.eval_shape(qat.settled, begun.params))
+                link = dataclasses.replace(link, params=jax.eval_shape(qat.settled, LEARN(link, **_begins(options)).params))
             elif what != "recover":  # which leaves all shapes as they are
                 return
         except ValueError as error:

@@ -221,6 +221,10 @@ MISTAKES = {
         ],
         "step 3, quantize: a group of 128 does not divide 64 inputs",
     ),
+    "a group behind channels, learned": (
+        [dict(do="narrow", axis="mlp", keep=0.5), dict(do="qat", rules=[("blocks/mlp/down", "int4:128")], steps=9)],
+        "step 2, qat: a group of 128 does not divide 64 inputs",
+    ),
     "a group behind low rank": (
         [dict(do="factorize", to=12), dict(do="quantize", to="int4:16")],
         "step 2, quantize: a group of 16 does not divide 12 inputs",
