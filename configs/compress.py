@@ -6,7 +6,7 @@
 
 In the work folder stay compress/1-... with the weights of each step, which `bigflax.load` reads, report.json, and two pictures.
 
-Measured (tests/benchmarks/bench_compress.py): the decoder, 1.3M numbers, one seed, matrices of the layers, 16 batches looked at; perplexity of what is held
+Measured (tests/benchmarks/bench_compress.py): the decoder, 1.4M numbers, one seed, matrices of the layers, 16 batches looked at; perplexity of what is held
 out, by how much worse, KL from float32, and of what plain rounding (scales to the largest number, no clipping) or magnitude loses in perplexity and KL:
 
     float32                54.07
@@ -43,6 +43,7 @@ CHAINS = {
     "int8-w8a8": [dict(do="quantize", to="int8", tables="int8", method="smoothquant")],
     "int4": [dict(do="quantize", to=INT4, tables="int8")],
     "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq")],
+    "int4-rotated": [dict(do="quantize", to=INT4, tables="int8", method="hadamard")],
     "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq")],
     "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq")],
     "int4-qat": [dict(do="qat", to=INT4, tables="int8", steps=300)],
