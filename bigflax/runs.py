@@ -128,7 +128,7 @@ class Run:
             raise ValueError("tokenizer.kind 'file' needs tokenizer.path: a tokenizer.json, or a folder with one")
         elif c.kind in ("bytes", "file"):
             weights = self.config.model.source, (self.config.get("teacher") or {}).get("source")  # a hub id is known by what it names alone
-            path = "bytes" if c.kind == "bytes" else hub.fetch(c.path) if c.path in weights else c.path
+            path = "bytes" if c.kind == "bytes" else hub.fetch(str(c.path)) if c.path in weights else c.path
             made = data.load_tokenizer(path, **({"mask": c.mask} if c.mask else {}))
         else:
             raise ValueError(f"unknown tokenizer kind {c.kind!r}; {trees.did_you_mean(c.kind, ('bpe', 'bytes', 'file'), 'there are')}")

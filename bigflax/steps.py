@@ -86,17 +86,58 @@ def tables_of(model: nn.Model, to: Any) -> trees.Rules:
     return [(re.escape(name), to) for name, ax in texts if ax.outputs_first and ax.first == ("vocab",)]
 
 
+class Budget(NamedTuple):
+    """An option of what all matrices have together: its name, the rules that it makes of those said, `rules(link, params, said, limit, options)`, and which
+    values of single matrices stand in what was said, `values(said, limit)`, which raises ValueError for a limit that does not go with them."""
+
+    option: str
+    rules: Callable[..., trees.Rules]
+    values: Callable[[Sequence[Any], Any], Sequence[Any]]
+
+
+def _one_of_several(said: Sequence[Any], limit: Any) -> list[Any]:
+    several = [value for value in said if isinstance(value, list | tuple)]
+    if bool(several) != (limit is not None):
+        raise ValueError("several formats, to=['int3:32', 'int8'], and a budget for all matrices, within='4.5 bits', go together")
+    if limit is not None:
+        budget.read_budget(limit)
+    return [text for value in said for text in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _spread_or_not(said: Sequence[Any], limit: Any) -> Sequence[Any]:
+    if limit not in (None, True, False):
+        raise ValueError(f"spread is true or false, not {limit!r}")
+    return said
+
+
+WITHIN = Budget(
+    "within",
+    lambda link, params, said, limit, options: budget.formats(
+        link.model, params, said, limit, forward=link.outputs, batches=link.batches, **options
+    ),
+    _one_of_several,
+)
+SPREAD = Budget(
+    "spread",
+    lambda link, params, said, limit, options: budget.ranks(
+        link.model, params, said, forward=link.forward, batches=link.batches, **options
+    ),
+    _spread_or_not,
+)
+
+
 class Verb(NamedTuple):
-    """A function of bigflax.compress, its methods, how a value of its rules is read, the method for tables, and which option is a budget for all."""
+    """A function of bigflax.compress, its methods, how a value of its rules is read, the method for tables, and an option that is a budget for all."""
 
     call: Callable[..., Any]
     methods: Mapping[str, small.Method]
     read: Callable[[Any], Any]
     plain: str
-    shared: str = ""
+    budget: Budget | None = None
 
     def __call__(self, link: Link, *, to: Any = None, tables: Any = None, rules: trees.Rules | None = None, **options: Any) -> Link:
-        params, limit, data = link.params, options.pop(self.shared, None), {"forward": link.forward, "batches": link.batches}
+        params, data = link.params, {"forward": link.forward, "batches": link.batches}
+        limit = None if self.budget is None else options.pop(self.budget.option, None)
         alone = to is None and rules is None
         if tables is not None:
             words = tables_of(link.model, tables)
@@ -107,10 +148,8 @@ class Verb(NamedTuple):
             return dataclasses.replace(link, params=params)
         said = matrices(link.model, to) if rules is None else rules
         method = options.setdefault("method", self.method)
-        if limit and self.shared == "within":
-            said = budget.formats(link.model, params, said, limit, forward=link.outputs, batches=link.batches, **options)
-        elif limit:
-            said = budget.ranks(link.model, params, said, **data, **options)
+        if self.budget is not None and limit:
+            said = self.budget.rules(link, params, said, limit, options)
         made = self.call(link.model, params, said, **data, **options)
         if link.ahead and self.methods[method].inverts:
             (model, began), names = link.start, {name for name, _ in named_weights(link.start[1])}
@@ -131,16 +170,9 @@ class Verb(NamedTuple):
         """Raises ValueError for what can be told without a model to be wrong."""
         if (to is None) == (rules is None) and (to is not None or tables is None):
             raise ValueError("a step says what of each matrix: `to`, for all of them, or `rules`, one of the two, or `tables` alone")
-        said, limit = [to, *(value for _, value in trees.checked(rules or ()))], options.pop(self.shared, None)
-        if self.shared == "within":
-            several = [value for value in said if isinstance(value, list | tuple)]
-            if bool(several) != (limit is not None):
-                raise ValueError("several formats, to=['int3:32', 'int8'], and a budget for all matrices, within='4.5 bits', go together")
-            said = [text for value in said for text in (value if isinstance(value, list | tuple) else [value])]
-            if limit is not None:
-                budget.read_budget(limit)
-        elif limit not in (None, True, False):
-            raise ValueError(f"{self.shared} is true or false, not {limit!r}")
+        said: Sequence[Any] = [to, *(value for _, value in trees.checked(rules or ()))]
+        if self.budget is not None:
+            said = self.budget.values(said, options.pop(self.budget.option, None))
         for value in [*said, tables]:
             if value is not None:
                 self.read(value)
@@ -242,9 +274,9 @@ def pack(link: Link) -> Link:
 
 
 STEPS: Mapping[str, Callable[..., Link]] = {
-    "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn", "within"),
+    "quantize": Verb(small.quantize, small.QUANTIZE, quantizing.read_format, "rtn", WITHIN),
     "prune": Verb(small.prune, small.PRUNE, pruning.read_pattern, "magnitude"),
-    "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd", "spread"),
+    "factorize": Verb(small.factorize, small.FACTORIZE, factoring.read_share, "svd", SPREAD),
     "layers": layers, "narrow": narrow, "recover": recover, "qat": learn, "pack": pack,
 }  # fmt: skip
 BY_NAME = ("quantize", "prune", "factorize", "qat")  # the steps whose rules are over names of weights
@@ -278,7 +310,7 @@ def check(chain: Sequence[Mapping[str, Any]]) -> None:
 
 def _begins(options: Mapping[str, Any]) -> dict[str, Any]:
     """What these options of `learn` say to LEARN."""
-    said = {name: p.default for name, p in inspect.signature(learn).parameters.items()} | options
+    said = {name: p.default for name, p in inspect.signature(learn).parameters.items()} | dict(options)
     return {**{name: said[name] for name in ("to", "tables", "rules", "method")}, **(said["options"] or {})}
 
 
