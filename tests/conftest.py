@@ -1,25 +1,22 @@
-"""Eight fake CPU devices for every test; set before JAX starts, because it reads them once."""
+"""Eight fake CPU devices and one folder of compiled programs for every test; set before JAX starts, because it reads them once."""
 
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of a test's time is LLVM optimizing a program that runs once: without it, compiling takes a third to a half of the time.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+# The rest is compiling what another test, process or run of the tests has compiled before: three quarters of the time of a second run.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla")
+)  # --cache-clear empties it
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("NPROC", "16")  # two threads a device: with one, a step with convolutions may wait for ever (main.prepare)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
 import pytest
-
-
-@pytest.fixture
-def cache(tmp_path_factory):
-    """A folder of compiled programs that tests and the processes they start share, so that each program is compiled once."""
-    import jax
-
-    before = jax.config.jax_compilation_cache_dir
-    yield tmp_path_factory.getbasetemp().parent / "bigflax-xla"
-    jax.config.update("jax_compilation_cache_dir", before)  # `bigflax train` sets it
 
 
 @pytest.fixture

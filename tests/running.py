@@ -65,9 +65,9 @@ def make_recipe(folder: Path) -> Path:
     return path
 
 
-def arguments(recipe: Path, *overrides: str, cache: Path) -> list[str]:
+def arguments(recipe: Path, *overrides: str) -> list[str]:
     """What stands behind `bigflax`; an override is written "fit.steps=3"."""
-    return ["train", f"--config={recipe}", f"--cache={cache}", *(f"--config.{text}" for text in overrides)]
+    return ["train", f"--config={recipe}", *(f"--config.{text}" for text in overrides)]
 
 
 @contextlib.contextmanager

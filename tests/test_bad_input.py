@@ -17,7 +17,7 @@ def trained(tmp_path_factory):
     """A finished run of six steps with checkpoints at 3 and 6, on one device, in a process of its own."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = make_recipe(folder)
-    assert completed(arguments(recipe, "fit.steps=6", cache=tmp_path_factory.getbasetemp().parent / "bigflax-xla")).code == 0
+    assert completed(arguments(recipe, "fit.steps=6")).code == 0
     return recipe
 
 
@@ -81,7 +81,7 @@ def setting(tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence(case, setting, capsys, monkeypatch):
     overrides, want = CASES[case]
-    argv = arguments(setting, *(text.replace("{}", str(setting.parent)) for text in overrides), cache="")
+    argv = arguments(setting, *(text.replace("{}", str(setting.parent)) for text in overrides))
     assert main(argv) == 2
     assert re.search(want, one_sentence(capsys.readouterr().err))
 
@@ -120,7 +120,7 @@ def test_one_sentence_of_images(change, overrides, want, tmp_path, capsys):
     recipe = make_photo_recipe(tmp_path)
     if change is not None:
         change(tmp_path)
-    assert main(arguments(recipe, *overrides, cache="")) == 2
+    assert main(arguments(recipe, *overrides)) == 2
     assert re.search(want, one_sentence(capsys.readouterr().err))
 
 
@@ -140,14 +140,14 @@ COMMANDS = {
 
 @pytest.mark.parametrize("argv, want", COMMANDS.values(), ids=COMMANDS)
 def test_one_sentence_for_a_wrong_command(argv, want, capsys):
-    assert main([*argv, *([] if "--config.fit.steps" in argv else ["--cache="])]) == 2
+    assert main(argv) == 2
     assert re.search(want, one_sentence(capsys.readouterr().err))
 
 
 def test_what_is_wrong_is_found_before_work(setting, capsys):
     """A schedule, mesh or batch that cannot be costs no tokenizer training: nothing is written."""
     for override in ("optimizer.warmup_steps=12", "data.batch_size=12", "mesh.data=16"):
-        assert main(arguments(setting, override, "tokenizer.kind=bpe", cache="")) == 2
+        assert main(arguments(setting, override, "tokenizer.kind=bpe")) == 2
         assert not (setting.parent / "work").exists(), override
 
 
@@ -173,15 +173,15 @@ def mounted(folder, options):
 def whole(trained, tmp_path_factory):
     """The same run, longer, and never in trouble."""
     work = tmp_path_factory.mktemp("whole") / "work"
-    assert completed(arguments(trained, f"work={work}", cache=tmp_path_factory.getbasetemp().parent / "bigflax-xla")).code == 0
+    assert completed(arguments(trained, f"work={work}")).code == 0
     return history(work), final(work)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["work", "work/checkpoints"])
-def test_full_disk(place, trained, whole, cache, tmp_path):
+def test_full_disk(place, trained, whole, tmp_path):
     """The disk fills up in the middle of the run: earlier checkpoints stay, and with more room the run ends as if nothing had been."""
-    argv = arguments(trained, f"work={tmp_path}/work", "checkpoint.keep=9", cache=cache)
+    argv = arguments(trained, f"work={tmp_path}/work", "checkpoint.keep=9")
     with mounted(tmp_path / place, "size=1100k") as remount:
         code, _, err = completed(argv)
         assert code == 2
@@ -195,29 +195,29 @@ def test_full_disk(place, trained, whole, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_read_only_folder(trained, cache, tmp_path):
+def test_read_only_folder(trained, tmp_path):
     with mounted(tmp_path / "disk", "size=20m") as remount:
         shutil.copytree(trained.parent / "work", tmp_path / "disk" / "old")
         shutil.rmtree(tmp_path / "disk" / "old" / "checkpoints" / "6")
         remount("ro")
         for name in ("new", "old"):
-            code, _, err = completed(arguments(trained, f"work={tmp_path}/disk/{name}", "fit.steps=6", cache=cache))
+            code, _, err = completed(arguments(trained, f"work={tmp_path}/disk/{name}", "fit.steps=6"))
             assert code == 2
             assert re.match(f"Read-only file system: '{tmp_path}/disk/{name}", one_sentence(err))
         remount("rw")
-        assert completed(arguments(trained, f"work={tmp_path}/disk/old", "fit.steps=6", cache=cache)).code == 0
+        assert completed(arguments(trained, f"work={tmp_path}/disk/old", "fit.steps=6")).code == 0
         assert final(tmp_path / "disk" / "old") == final(trained.parent / "work")
 
 
 @pytest.mark.slow
-def test_corrupt_checkpoint(trained, cache, tmp_path):
+def test_corrupt_checkpoint(trained, tmp_path):
     """The sentence names the folder to delete; without it the run continues from the step before and ends alike."""
     work = tmp_path / "work"
     shutil.copytree(trained.parent / "work", work)
     (work / "summary.json").unlink()  # as if killed just before the end
     largest = max((work / "checkpoints" / "6" / "params").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    argv = arguments(trained, f"work={work}", "fit.steps=6", cache=cache)
+    argv = arguments(trained, f"work={work}", "fit.steps=6")
     code, _, err = completed(argv)
     assert code == 2
     named = re.search(r"checkpoint (\S+) is damaged \(.*\); delete that folder to continue from step 3$", one_sentence(err))

@@ -128,19 +128,11 @@ def test_rounding_that_is_learned_loses_less(trained):
 @pytest.mark.slow
 def test_the_verb(trained, capsys):
     recipe, run, _ = trained
-    assert (
-        main(["compress", f"--work={run.work}", "--recipe=int4", "--config.compress.batches=2", "--config.compress.turns=2", "--cache="])
-        == 0
-    )
+    assert main(["compress", f"--work={run.work}", "--recipe=int4", "--config.compress.batches=2", "--config.compress.turns=2"]) == 0
     out = capsys.readouterr().out
     assert "1-quantize-int4-32" in out and "worse by" in out
     said = "[{'do': 'quantize', 'to': 'int8'}]"
-    assert (
-        main(
-            ["compress", f"--config={recipe}", f"--config.compress.chain={said}", "--config.compress.turns=2", "--max-loss=50%", "--cache="]
-        )
-        == 0
-    )
+    assert main(["compress", f"--config={recipe}", f"--config.compress.chain={said}", "--config.compress.turns=2", "--max-loss=50%"]) == 0
     with open(os.path.join(run.work, "compress", "chain", "report.json")) as file:
         assert [row["step"] for row in json.load(file)["rows"]] == ["start", "1-quantize-int8"]
     model, _ = bigflax.load(os.path.join(run.work, "compress", "chain", "1-quantize-int8"))
@@ -315,7 +307,7 @@ def test_a_folder_of_typed_weights_is_no_beginning_of_a_recipe(trained, tmp_path
     bigflax.save(run.model, small, str(tmp_path / "small"), tokenizer=run.tokenizer)
     lines = recipe.read_text().replace('name="gpt2", size="tiny", n_embd=32, n_layer=1, n_head=2, n_positions=32, ', "")
     (tmp_path / "recipe.py").write_text(lines)
-    told = [f"--config.model.source={tmp_path / 'small'}", f"--config.work={tmp_path / 'work'}", "--cache="]
+    told = [f"--config.model.source={tmp_path / 'small'}", f"--config.work={tmp_path / 'work'}"]
     assert main(["train", f"--config={tmp_path / 'recipe.py'}", *told]) == 2
     assert "holds typed weights (blocks/mlp/up), which a recipe does not begin with" in capsys.readouterr().err
 

@@ -313,7 +313,7 @@ def test_mistakes_are_one_sentence(case, home, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text(
         f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({config.to_dict()!r})\n"
     )
-    assert main(["train", f"--config={tmp_path}/recipe.py", "--cache="]) == 2
+    assert main(["train", f"--config={tmp_path}/recipe.py"]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
@@ -419,14 +419,14 @@ def test_seeds_and_the_folder_of_a_run(home, capsys):
     """Two runs and their mean; the best weights of one, merged or as an adapter alone, are what the run evaluated."""
     said = recipe(home, work=str(home / "seeds"), peft=dict(name="lora", rules=[("blocks/.*", 4)]), fit=dict(epochs=3))
     (home / "lora.py").write_text(f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({said.to_dict()!r})\n")
-    assert main(["train", f"--config={home}/lora.py", "--seeds=2", "--cache="]) == 0
+    assert main(["train", f"--config={home}/lora.py", "--seeds=2"]) == 0
     assert re.search(r"held-out accuracy +0\.\d+ \+- ", capsys.readouterr().out)
     spread = json.loads((home / "seeds" / "seeds.json").read_text())["eval/accuracy"]
     assert len(spread["values"]) == 2 and spread["mean"] == pytest.approx(np.mean(spread["values"]))
     work = str(home / "seeds" / "seed1")
     (home / "train.jsonl").rename(home / "away.jsonl")  # weights can be written where the data are not
-    assert main(["convert", work, str(home / "merged"), "--cache="]) == 0
-    assert main(["convert", work, str(home / "adapter"), "--adapter", "--cache="]) == 0
+    assert main(["convert", work, str(home / "merged")]) == 0
+    assert main(["convert", work, str(home / "adapter"), "--adapter"]) == 0
     (home / "away.jsonl").rename(home / "train.jsonl")
     config = json.loads((home / "merged" / "config.json").read_text())
     assert config["id2label"] == {"0": "animals", "1": "colours"}

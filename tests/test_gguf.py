@@ -302,15 +302,15 @@ def test_convert(tmp_path, capsys):
     model, params = made("llama", vocab_size=300)
     typed = peft.quantized(params, [("blocks/.*/(q|k|v|out|up|down|gate)", "int4")], axes=model.axes, group=32)
     bigflax.save(model, typed, str(tmp_path / "ours"), tokenizer=data.train_bpe([TEXT], 290))
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "m.gguf"), "--cache="]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "m.gguf")]) == 0
     kinds = {name: kind for name, (kind, _) in read(tmp_path / "m.gguf").items()}
     assert kinds["blk.0.attn_q.weight"] == "Q4_0" and kinds["token_embd.weight"] == "F32"
     assert fields(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == "gpt-2"  # carried along
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "8.gguf"), "--dtype=q8_0", "--cache="]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "8.gguf"), "--dtype=q8_0"]) == 0
     assert read(tmp_path / "8.gguf")["token_embd.weight"][0] == "Q8_0"
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "plain"), "--cache="]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "plain")]) == 0
     np.testing.assert_array_equal(bigflax.load(str(tmp_path / "plain"))[1]["blocks"]["mlp"]["up"], dense(typed["blocks"]["mlp"]["up"]))
-    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "no"), "--dtype=q8_0", "--cache="]) == 2
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "no"), "--dtype=q8_0"]) == 2
     assert "q8_0 is a type of GGUF files; call the target" in capsys.readouterr().err
 
 

@@ -73,12 +73,12 @@ def assert_same(work, whole):
 
 
 @slow
-def test_two_processes_one_process_and_one_device_end_in_the_same_weights(recipe, cache):
+def test_two_processes_one_process_and_one_device_end_in_the_same_weights(recipe):
     """2 x 4 devices, 1 x 8, 1 x 1; the second of the two evaluates and trains its own tokenizer as well."""
     folder = lambda name: recipe.parent / name
     argv = lambda name, *mesh: arguments(
         recipe, f"work={folder(name)}", "fit.steps=20", "optimizer.lr=1e-3", "tokenizer.kind=bpe", "tokenizer.vocab_size=300",
-        "fit.eval_every=10", *mesh, cache=cache,
+        "fit.eval_every=10", *mesh,
     )  # fmt: skip
     mesh = ("mesh.data=2", "mesh.fsdp=4")
     assert completed(argv("one")).code == 0
@@ -91,10 +91,10 @@ def test_two_processes_one_process_and_one_device_end_in_the_same_weights(recipe
 
 
 @slow
-def test_one_process_then_two_then_one(recipe, cache):
+def test_one_process_then_two_then_one(recipe):
     """Eight devices in one process, four in each of two, eight in one: one run. It changes hands by SIGTERM, sent to one process only."""
     work, whole = recipe.parent / "work", recipe.parent / "whole"
-    argv = arguments(recipe, "fit.steps=120", "optimizer.lr=1e-3", "mesh.data=2", "mesh.fsdp=4", cache=cache)
+    argv = arguments(recipe, "fit.steps=120", "optimizer.lr=1e-3", "mesh.data=2", "mesh.fsdp=4")
     assert completed([*argv, f"--config.work={whole}"], 8).code == 0
 
     with started(argv, 8) as child:
@@ -250,10 +250,10 @@ def test_a_host_that_dies_or_falls_silent_ends_the_other(number, whole, tmp_path
 
 
 @slow
-def test_a_host_that_dies_ends_the_other_with_a_sentence(recipe, cache):
+def test_a_host_that_dies_ends_the_other_with_a_sentence(recipe):
     """gloo sees the closed connection at once. (A save in progress would wait for the heartbeat: its hosts meet through JAX's service.)"""
     work = recipe.parent / "work"
-    argv = arguments(recipe, "fit.steps=100000", "fit.save_every=100000", cache=cache)
+    argv = arguments(recipe, "fit.steps=100000", "fit.save_every=100000")
     with processes(argv, devices=1) as children:
         wait_for(lambda: steps_done(work) >= 4, children[0])
         children[1].send_signal(signal.SIGKILL)
@@ -266,11 +266,11 @@ def test_a_host_that_dies_ends_the_other_with_a_sentence(recipe, cache):
 
 @slow
 @pytest.mark.parametrize("present", [0, 1])
-def test_a_missing_host_is_named_in_time(present, recipe, cache):
+def test_a_missing_host_is_named_in_time(present, recipe):
     """Whichever of two processes is alone waits for `--timeout` seconds, no longer, and says so."""
     flags = ("--hosts=2", f"--host={present}", f"--coordinator=127.0.0.1:{free_port()}", "--timeout=5")
     began = time.monotonic()
-    with started([*arguments(recipe, cache=cache), *flags]) as child:
+    with started([*arguments(recipe), *flags]) as child:
         code, _, err = ended(child)
     assert time.monotonic() - began < 200  # imports on a busy machine, not a wait of minutes
     assert code == 2

@@ -15,7 +15,7 @@ def recipe(tmp_path):
     return make_recipe(tmp_path)
 
 
-def test_train_to_the_end_and_generate(recipe, cache, one_device, capsys):
+def test_train_to_the_end_and_generate(recipe, one_device, capsys):
     work = recipe.parent / "work"
     (recipe.parent / "text" / "bad.txt").write_bytes(b"caf\xe9")
     argv = arguments(
@@ -25,7 +25,6 @@ def test_train_to_the_end_and_generate(recipe, cache, one_device, capsys):
         "sample.max_new_tokens=8",
         "yardsticks=True",
         "data.validation_fraction=0.1",
-        cache=cache,
     )
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -45,12 +44,12 @@ def test_train_to_the_end_and_generate(recipe, cache, one_device, capsys):
     assert 0 < summary["eval/bits_per_byte"] < 8 and 0 < summary["gzip_-9_bits_per_byte"] < 8
 
     def generate(*more):
-        assert main(["generate", f"--work={work}", "--prompt=the ", f"--cache={cache}", *more]) == 0
+        assert main(["generate", f"--work={work}", "--prompt=the ", *more]) == 0
         return capsys.readouterr().out
 
     assert generate() == generate() == summary["sample"] + "\n"
     assert generate("--config.seed=1") != generate()
-    assert main(["generate", f"--work={work}", "--prompt=", "--cache="]) == 2
+    assert main(["generate", f"--work={work}", "--prompt="]) == 2
     assert "the prompt is empty" in capsys.readouterr().err
 
 

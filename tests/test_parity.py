@@ -31,7 +31,7 @@ CASES = [
 def test_equal_models_pass(family, head, kinds, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(FAMILIES["whisper"], "max_source_positions", 9)  # of which an example shows eight
     torch_model(family, head).save_pretrained(tmp_path)
-    assert main(["parity", str(tmp_path), "--cache="]) == 0
+    assert main(["parity", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     rows = parity.compare(str(tmp_path))
     assert {row.inputs for row in rows} == kinds and all(kind in shown for kind in kinds)
@@ -53,7 +53,7 @@ def test_a_wrong_layer_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bigflax.hub.load", wrong)
     rows = parity.compare(str(tmp_path))
     assert {row.first for row in rows} == {"2"} and all(row.relative > 1e-4 and row.kl > 0 for row in rows)
-    assert main(["parity", str(tmp_path), "--cache="]) == 1
+    assert main(["parity", str(tmp_path)]) == 1
     capsys.readouterr()
 
 
@@ -69,7 +69,7 @@ def test_a_wrong_layer_of_one_of_two_stacks_is_named(tmp_path, monkeypatch, caps
         return model, params
 
     monkeypatch.setattr("bigflax.hub.load", wrong)
-    assert main(["parity", str(tmp_path), "--cache="]) == 1
+    assert main(["parity", str(tmp_path)]) == 1
     assert "decoder 1" in capsys.readouterr().out
 
 
@@ -78,13 +78,13 @@ def test_a_wrong_layer_of_one_of_two_stacks_is_named(tmp_path, monkeypatch, caps
 def test_what_transformers_does_not_have_is_not_compared(family, tmp_path, capsys):
     model = models.create(family, size="tiny", head=None)
     bigflax.save(model, jax.jit(model.init)(jax.random.key(0)), str(tmp_path))
-    assert main(["parity", str(tmp_path), "--cache="]) == 2
+    assert main(["parity", str(tmp_path)]) == 2
     assert f"transformers, which has no {family}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(HAS_TORCH, reason="PyTorch is here")
 def test_without_pytorch_it_says_what_to_install(tmp_path, capsys):
-    assert main(["parity", str(tmp_path), "--cache="]) == 2
+    assert main(["parity", str(tmp_path)]) == 2
     assert "pip install 'bigflax[parity]'" in capsys.readouterr().err
 
 
@@ -92,10 +92,10 @@ def test_convert(tmp_path, capsys):
     model = models.create("llama", size="tiny", vocab_size=40)
     params = jax.jit(model.init)(jax.random.key(0))
     bigflax.save(model, params, str(tmp_path / "a"))
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype=bfloat16", "--cache="]) == 0
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype=bfloat16"]) == 0
     assert "llama: " in capsys.readouterr().out
     _, narrow = bigflax.load(str(tmp_path / "b"))
     want = jax.tree.map(lambda w: np.asarray(w.astype("bfloat16"), np.float32), params)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), b), narrow, want)
-    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "c"), "--cache="]) == 2
+    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "c")]) == 2
     assert "there is no folder" in capsys.readouterr().err

@@ -67,12 +67,12 @@ def check_survivor(work, whole):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments(recipe, cache):
+def test_killed_at_twenty_moments(recipe):
     """Every life, and the run left alone, is a process of its own, because bits may depend on a process's number of devices and threads."""
     moments = 2 * ["while it starts"] + 9 * ["between two steps"] + 9 * ["inside a save"]
     chance, work, torn = random.Random(0), recipe.parent / "work", 0
     chance.shuffle(moments)
-    argv = arguments(recipe, "fit.steps=150", f"fit.save_every={SAVE_EVERY}", cache=cache)
+    argv = arguments(recipe, "fit.steps=150", f"fit.save_every={SAVE_EVERY}")
     assert completed([*argv, f"--config.work={recipe.parent}/whole"]).code == 0
     whole, want = history(recipe.parent / "whole"), final(recipe.parent / "whole")
     assert len(whole) == want.step == 150
@@ -107,38 +107,38 @@ def stop_at(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_stop_finish_and_change(recipe, cache, one_device, stop_at, capsys):
+def test_stop_finish_and_change(recipe, one_device, stop_at, capsys):
     """SIGTERM saves and exits with 75, the continuation equals a run that was not stopped, and then there is nothing left to do."""
     work, whole = recipe.parent / "work", recipe.parent / "whole"
-    assert main(arguments(recipe, f"work={whole}", cache=cache)) == 0
+    assert main(arguments(recipe, f"work={whole}")) == 0
     stop_at(5)
-    assert main(arguments(recipe, cache=cache)) == 75
+    assert main(arguments(recipe)) == 75
     assert "stopped by SIGTERM at step 5; everything is saved, the same command continues" in capsys.readouterr().out
     assert (steps_on_disk(work), len(history(work))) == ([3, 5], 5)
 
-    assert main(arguments(recipe, "optimizer.lr=0.02", "data.workers=1", cache=cache)) == 2
+    assert main(arguments(recipe, "optimizer.lr=0.02", "data.workers=1")) == 2
     said = capsys.readouterr().err
     assert "optimizer.lr: 0.01 -> 0.02" in said and "--allow-changes" in said and "workers" not in said
     assert steps_on_disk(work) == [3, 5]
     changed = recipe.parent / "changed"
     shutil.copytree(work, changed)
 
-    assert main(arguments(recipe, cache=cache)) == 0
+    assert main(arguments(recipe)) == 0
     assert "resumed from step 5" in capsys.readouterr().out
     assert (history(work), final(work)) == (history(whole), final(whole))
 
     left = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    assert main(arguments(recipe, cache=cache)) == 0
+    assert main(arguments(recipe)) == 0
     assert f"{work} holds the finished run of 12 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == left
 
-    assert main([*arguments(recipe, f"work={changed}", "optimizer.lr=0.02", cache=cache), "--allow-changes"]) == 0
+    assert main([*arguments(recipe, f"work={changed}", "optimizer.lr=0.02"), "--allow-changes"]) == 0
     assert "changed: optimizer.lr: 0.01 -> 0.02" in capsys.readouterr().out
     assert history(changed)[:6] == history(whole)[:6]  # step 6's loss is still that of step 5's weights
     assert history(changed)[6:] != history(whole)[6:]
 
 
-def test_an_early_stop_is_an_end(recipe, cache, one_device, capsys):
+def test_an_early_stop_is_an_end(recipe, one_device, capsys):
     """The evaluation that ended a run ends it for good: a second start does not train past it."""
     argv = arguments(
         recipe,
@@ -147,7 +147,6 @@ def test_an_early_stop_is_an_end(recipe, cache, one_device, capsys):
         "fit.eval_every=1",
         "watch.patience=1",
         "fit.steps=40",
-        cache=cache,
     )
     assert main(argv) == 0
     stopped, seen = steps_on_disk(recipe.parent / "work"), history(recipe.parent / "work")
@@ -192,13 +191,13 @@ def test_the_same_global_batches_on_8_then_1_then_4_devices(recipe):
 
 
 @pytest.mark.slow
-def test_restored_onto_8_then_1_then_4_devices(recipe, cache):
+def test_restored_onto_8_then_1_then_4_devices(recipe):
     """The run goes on as on one device. Sums over a batch are taken in another order on each mesh, so losses agree to a few of float32's
     24 bits less: each step adds rounding of 2^-24 in gradients, which Adam (lr 0.01, moments divided by their root) carries into weights."""
     whole, work = recipe.parent / "whole", recipe.parent / "work"
-    assert completed(arguments(recipe, f"work={whole}", "fit.steps=40", "optimizer.lr=1e-3", cache=cache)).code == 0
+    assert completed(arguments(recipe, f"work={whole}", "fit.steps=40", "optimizer.lr=1e-3")).code == 0
     for devices, mesh in MESHES.items():
-        with started(arguments(recipe, "fit.steps=40", "optimizer.lr=1e-3", *mesh, cache=cache), devices) as child:
+        with started(arguments(recipe, "fit.steps=40", "optimizer.lr=1e-3", *mesh), devices) as child:
             begun = max(steps_on_disk(work), default=0)
             if devices != 4:
                 await_step(child, work, begun + 4)

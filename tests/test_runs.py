@@ -113,12 +113,12 @@ def test_images_and_texts_are_paired_by_recipe(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, monkeypatch, capsys):
+def test_images_are_learned_stopped_and_continued(tmp_path, one_device, monkeypatch, capsys):
     """From a folder to a model that tells its classes apart; SIGTERM in the middle changes no bit, and what cannot be read is named."""
     recipe, whole = make_photo_recipe(tmp_path), tmp_path / "whole"
     broken = tmp_path / "photos" / "down" / "z.png"
     broken.write_bytes(next((tmp_path / "photos" / "down").glob("*.png")).read_bytes()[:100])
-    assert main(arguments(recipe, f"work={whole}", cache=cache)) == 0
+    assert main(arguments(recipe, f"work={whole}")) == 0
     out, summary = capsys.readouterr().out, json.loads((whole / "summary.json").read_text())
     assert "vit: 19.4K parameters" in out and "2 classes; batch 16 images of 16 x 16" in out and "held-out accuracy" in out
     assert summary["eval/accuracy"] > 0.95 and summary["sample"] is None
@@ -127,24 +127,24 @@ def test_images_are_learned_stopped_and_continued(tmp_path, cache, one_device, m
 
     write = lambda self, at, values: os.kill(os.getpid(), signal.SIGTERM) if at == 33 else None
     monkeypatch.setattr(writers.TensorBoard, "write", write)
-    assert main(arguments(recipe, cache=cache)) == 75
+    assert main(arguments(recipe)) == 75
     assert steps_on_disk(tmp_path / "work")[-1] == 33
-    assert main(arguments(recipe, cache=cache)) == 0
+    assert main(arguments(recipe)) == 0
     assert "resumed from step 33" in capsys.readouterr().out
     assert (history(tmp_path / "work"), final(tmp_path / "work")) == (history(whole), final(whole))
 
-    assert main(["generate", f"--work={whole}", "--prompt=a", "--cache="]) == 2
+    assert main(["generate", f"--work={whole}", "--prompt=a"]) == 2
     assert "holds no model that continues text" in capsys.readouterr().err
 
 
-def test_batch_norm_moves_with_a_recipe(tmp_path, cache, one_device):
+def test_batch_norm_moves_with_a_recipe(tmp_path, one_device):
     """Running statistics reach the state: without them a held-out image would be normalized by what the network began with."""
     recipe = make_photo_recipe(tmp_path)
     text = recipe.read_text()
     recipe.write_text(
         text[: text.index("        model=")] + '        model=dict(name="cnn", size="tiny"),\n' + text[text.index("        data=") :]
     )
-    assert main(arguments(recipe, "fit.steps=6", "fit.eval_every=6", cache=cache)) == 0
+    assert main(arguments(recipe, "fit.steps=6", "fit.eval_every=6")) == 0
     run = runs.Run(recipes.resolve(recipes.load(str(recipe))))
     run.mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with Checkpoints(tmp_path / "work" / "checkpoints") as checkpoints:

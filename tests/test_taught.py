@@ -192,12 +192,12 @@ def test_a_text_classifier_of_half_the_layers(home, capsys):
                 validation_source=dict(kind="jsonl", path=str(home / "test.jsonl")))  # fmt: skip
     both = dict(task=dict(name="classification"), optimizer=dict(lr=3e-3), data=text, watch=dict(metric="accuracy", mode="max"))
     first = dict(both, work=str(home / "first"), model=dict(source=str(home / "teacher")), fit=dict(epochs=4, log_every=6))
-    assert main(["train", f"--config={written(home, 'first', first)}", "--cache="]) == 0
+    assert main(["train", f"--config={written(home, 'first', first)}"]) == 0
     student = dict(name="bert", **{**LAYERS, "num_hidden_layers": 1})
     second = dict(both, work=str(home / "second"), model=student, fit=dict(steps=36, log_every=6, eval_every=12),
                   teacher=dict(source=str(home / "first"), every=2, weight=1.0))  # fmt: skip
     path = written(home, "second", second)
-    assert main(["train", f"--config={path}", "--cache="]) == 0
+    assert main(["train", f"--config={path}"]) == 0
     assert f"taught by {home}/first" in capsys.readouterr().out
     records = read_jsonl(home / "second" / "metrics.jsonl")
     steps = [record for record in records if "agreement" in record]
@@ -205,7 +205,7 @@ def test_a_text_classifier_of_half_the_layers(home, capsys):
     assert max(record["eval/accuracy"] for record in records if "eval/accuracy" in record) > 0.8
     assert not [name for name in kept(home / "second") if "teacher" in name or "projections" in name]
     (home / "first").rename(home / "gone")
-    assert main(["convert", str(home / "second"), str(home / "small"), "--cache="]) == 0
+    assert main(["convert", str(home / "second"), str(home / "small")]) == 0
     (home / "gone").rename(home / "first")
     model, params = bigflax.load(str(home / "small"))
     assert model.config["num_hidden_layers"] == 1 and trees.count(params) < trees.count(bigflax.load(str(home / "teacher"))[1])
@@ -258,7 +258,7 @@ def test_a_decoder_of_half_the_layers(home):
 def test_images_too(tmp_path):
     """A ViT of one layer by the run of one of two; the teacher sees the images that were mixed for the student."""
     path = make_photo_recipe(tmp_path)
-    short = ["--config.fit.steps=10", "--config.fit.eval_every=10", "--cache="]
+    short = ["--config.fit.steps=10", "--config.fit.eval_every=10"]
     assert main(["train", f"--config={path}", *short]) == 0
     said = [f"teacher.source={tmp_path}/work", "teacher.every=2", "model.num_hidden_layers=1", "task.mixup=0.5", f"work={tmp_path}/small"]
     assert main(["train", f"--config={path}", *short, *(f"--config.{text}" for text in said)]) == 0
