@@ -70,10 +70,16 @@ def arguments(recipe: Path, *overrides: str) -> list[str]:
     return ["train", f"--config={recipe}", *(f"--config.{text}" for text in overrides)]
 
 
+def xla_flags(devices: int = 0) -> str:
+    """XLA_FLAGS of a process that a test starts: those of the tests, which compile fast, and so many fake devices, where it does not say them itself."""
+    text = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    return f"{text} --xla_force_host_platform_device_count={devices}" if devices else text
+
+
 @contextlib.contextmanager
 def started(argv: list[str], devices: int = 1) -> Iterator[subprocess.Popen]:
     """`python -m bigflax.main ...` on fake CPU devices; the process never outlives the block."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "bigflax.main", *argv, f"--fake-devices={devices}"]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:

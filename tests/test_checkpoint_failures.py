@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import xla_flags
 
 from bigflax import stored
 from bigflax.checkpoint import Checkpoints, restore_params, target_like
@@ -310,7 +311,7 @@ MEMBER = f"""
 import os, sys
 index, port, folder, task = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = {xla_flags(4)!r}
 import warnings; warnings.simplefilter("error")
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")

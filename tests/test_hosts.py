@@ -16,7 +16,20 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
-from running import arguments, completed, ended, history, make_recipe, make_text, restored, started, steps_done, steps_on_disk, wait_for
+from running import (
+    arguments,
+    completed,
+    ended,
+    history,
+    make_recipe,
+    make_text,
+    restored,
+    started,
+    steps_done,
+    steps_on_disk,
+    wait_for,
+    xla_flags,
+)
 
 from bigflax import hosts, trees
 
@@ -159,7 +172,7 @@ def loops(text, folder, steps, *, count=2, said=(True, True), environments=({}, 
         children = []
         for i in range(count):
             flags = {"coordinator": f"127.0.0.1:{port}", "processes": count, "index": i} if said[i] else {}
-            env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COORDINATOR_PORT": str(port), **environments[i]}
+            env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(), "JAX_COORDINATOR_PORT": str(port), **environments[i]}
             command = [sys.executable, "-c", LOOP, json.dumps({"timeout": 60, **flags, **place}), str(text), str(folder), str(steps)]
             child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             children.append(stack.enter_context(child))

@@ -38,17 +38,17 @@ def gptq(W, H, bits, group, damp=0.01, order=False):
 
 
 def awq(W, X, bits, group, points=20):
-    """(the weights that come out, the scales s): Lin et al. 2023, equations 4 and 5, the error that of the products; also with the weights' own size."""
-    size, own, best = np.abs(X).mean(0), np.abs(W).mean(0), (np.inf, None, None)
+    """(error, the weights that come out, the scales s) of each s that is tried: Lin et al. 2023, equations 4 and 5, the error that of the products; also with
+    the weights' own size."""
+    size, own, tried = np.abs(X).mean(0), np.abs(W).mean(0), []
     for a, by_own in [(a, by_own) for by_own in (0, 1) for a in np.arange(points) / points]:
         s = np.maximum(size, 1e-4 * size.max()) ** a * np.maximum(own, 1e-4 * own.max()) ** (by_own * (a - 1))
         s = s / np.sqrt(s.max() * s.min())
         scaled = W * s
         scale = grid(scaled, bits, group)
         made = rounded(scaled / scale, bits) * scale / s
-        error = np.square(X @ (made - W).T).sum()
-        best = min(best, (error, made, s), key=lambda row: row[0])
-    return best[1:]
+        tried.append((np.square(X @ (made - W).T).sum(), made, s))
+    return tried
 
 
 def lsq(v, s, bits, zero=0.0):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from running import xla_flags
 
 from bigflax.data import Loader, open_source, text_batches, virtual_shards
 from bigflax.data.rows import Rows
@@ -241,7 +242,7 @@ def run_hosts(hosts, folder, repeat, state="-"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // hosts}"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(4 // hosts)}
     command = [sys.executable, "-c", HOST]
     arguments = [str(hosts), str(port), str(folder), state, str(repeat)]
     running = [
