@@ -37,6 +37,7 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
         "int4": {
             "to the largest": quantize(args.int4, "rtn", clip=False),
             **{method: quantize(args.int4, method) for method in ("rtn", "awq", "hadamard", "gptq")},
+            "qat": [dict(do="qat", to=args.int4, steps=args.steps)],
         },
         "50%": zeros("50%"),
         "2:4": zeros("2:4"),
