@@ -48,9 +48,9 @@ CHAINS = {
     "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq")],
     "int4-qat": [dict(do="qat", to=INT4, tables="int8", steps=300)],
     "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq")],
-    "half": [dict(do="prune", to="50%", method="sparsegpt"), dict(do="recover", steps=200), dict(do="pack")],
+    "half": [dict(do="prune", to="50%", method="alps"), dict(do="recover", steps=200), dict(do="pack")],
     "2:4-int8": [
-        dict(do="prune", to="2:4", method="sparsegpt"),
+        dict(do="prune", to="2:4", method="alps"),
         dict(do="recover", steps=200),
         dict(do="pack"),
         dict(do="quantize", to="int8", tables="int8"),

@@ -49,6 +49,7 @@ QUANTIZE: Mapping[str, Method] = {
 }  # fmt: skip
 PRUNE: Mapping[str, Method] = {
     "magnitude": Method(pruning.magnitude), "wanda": Method(pruning.wanda, ("hessian",)), "sparsegpt": Method(pruning.sparsegpt, ("hessian",), True),
+    "alps": Method(pruning.alps, ("hessian",), True),
 }  # fmt: skip
 FACTORIZE: Mapping[str, Method] = {
     "svd": Method(factoring.svd), "asvd": Method(factoring.asvd, ("size",)), "whitened": Method(factoring.whitened, ("hessian",), True),

@@ -27,8 +27,8 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     prune = lambda to, method: [dict(do="prune", to=to, method=method)]
     factorize = lambda method: [dict(do="factorize", to=args.share, method=method)]
     zeros = lambda to: {
-        **{method: prune(to, method) for method in ("magnitude", "wanda", "sparsegpt")},
-        "sparsegpt, recovered": [*prune(to, "sparsegpt"), recover],
+        **{method: prune(to, method) for method in ("magnitude", "wanda", "sparsegpt", "alps")},
+        "alps, recovered": [*prune(to, "alps"), recover],
     }
     half = [dict(do="layers", keep=0.5, by=args.by)]
     student = dict(do="recover", steps=args.student_steps, lr=args.student_lr, temperature=args.temperature)

@@ -118,8 +118,19 @@ def test_wanda_and_sparsegpt_are_the_papers(text, said):
         assert np.mean(np.abs(np.asarray(made.w) - want)[both] < 1e-3) > 0.98  # a mask that differs moves a few others
 
 
+@pytest.mark.parametrize("text, said", PATTERNS.items(), ids=PATTERNS)
+def test_alps_is_the_papers(text, said):
+    pattern = pruning.read_pattern(text)
+    made = pruning.alps(jnp.asarray(W), pattern, axes="embed -> mlp", seen=SEEN, fits=40)
+    want = references.alps(W.T, X.T.astype(np.float64) @ X, **said).T
+    assert np.mean((want != 0) == np.asarray(made.mask)) > 0.98  # what comes near to going once goes another way for ever
+    assert off(made, "embed -> mlp") == pytest.approx(np.linalg.norm(X @ (want - W)) / np.linalg.norm(X @ W), rel=0.005)
+    rival = pruning.sparsegpt(jnp.asarray(W), pattern, axes="embed -> mlp", seen=SEEN)
+    assert off(made, "embed -> mlp") < 0.95 * off(rival, "embed -> mlp")
+
+
 @pytest.mark.parametrize("text", PATTERNS)
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @each_axes
 def test_patterns_hold_along_the_inputs(text, method, axes, shape, spec, inputs):
     pattern = pruning.read_pattern(text)

@@ -208,7 +208,7 @@ def test_each_expert_is_fitted_to_the_tokens_that_are_sent_to_it():
 LOOKING = {  # verb, what it makes of each matrix
     "gptq": (compress.quantize, "int4:32"), "awq": (compress.quantize, "int4:32"), "smoothquant": (compress.quantize, "int8"),
     "hadamard": (compress.quantize, "int4:32"), "wanda": (compress.prune, "2:4"), "sparsegpt": (compress.prune, "2:4"),
-    "asvd": (compress.factorize, 0.5), "whitened": (compress.factorize, 0.5),
+    "alps": (compress.prune, "2:4"), "asvd": (compress.factorize, 0.5), "whitened": (compress.factorize, 0.5),
 }  # fmt: skip
 
 
