@@ -32,7 +32,7 @@ CASES = {
     "prefix": (dict(tokens=P, words=[4, 5, 6]), None, False),
     "bitfit": ({}, 0, True),
     "head_only": ({}, 0, True),
-    "last_layers": (dict(layers=1), 0, True),
+    "last_layers": (dict(layers=1), 1e-6, True),
 }
 WITHOUT = {("gpt2", "head_only"), ("llama", "bitfit")}  # a tied head, no biases
 PAIRS = [(family, method) for family in FAMILIES for method in CASES if (family, method) not in WITHOUT]

@@ -39,6 +39,7 @@ from bigflax.losses import IGNORE, kl_divergence
 from bigflax.weights import Masked, Quantized, Sparse, Weight, dense, is_typed, named_weights, parse_axes, shape
 
 UNITS = {"bytes": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+NOTHING = 1e-8  # nats a position: so far apart may be the outputs of one model in float32, compiled twice
 STATES = 2**16  # beyond so many sums that none beats in both size and harm, near ones are taken for one
 
 
@@ -105,7 +106,7 @@ def harms(
         now = trees.map_named(lambda other, w: dense(w) if other == name else w, rounded, is_leaf=is_typed)
         sums = [one(now, params, batch) for batch in batches]
         found = float(sum(total for total, _ in sums)) / max(float(sum(count for _, count in sums)), 1.0)
-        return found if math.isfinite(found) else math.inf
+        return math.inf if not math.isfinite(found) else found if found > NOTHING else 0.0
 
     return {name: [of(name, text) if len(texts) > 1 else 0.0 for text in texts] for name, texts in among.items()}
 
