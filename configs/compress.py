@@ -26,6 +26,10 @@ out, by how much worse, KL from float32, and of what plain rounding (scales to t
     2:4, sparsegpt         60.56    11.96%   0.1220     38%    44%
     2:4, alps              58.38     7.93%   0.0785     25%    28%
     2:4, alps, recovered   56.42     4.29%   0.0484     14%    17%      200 steps
+    80%, svd               90.95    68.13%   0.5513                     low rank: a fifth of the numbers less
+    80%, asvd              87.30    61.38%   0.5207     90%    94%
+    80%, whitened          60.80    12.40%   0.1212     18%    22%
+    80%, ", recovered      55.82     3.19%   0.0450      5%     8%      200 steps
 
 Another decoder of the same recipe, at 54.07 on another machine: int8 0.01% worse, W8A8 0.04%, SmoothQuant 0.02% (an mlp of 344, at 53.67); plain 2.87%, awq
 1.53%, gptq 0.86%, hadamard 0.44%; magnitude 12.77%, wanda 9.28%, sparsegpt 3.40%. Students of half the layers: not yet run.
