@@ -20,6 +20,7 @@ Scores begin at zero and only their order counts, so with Adam the size of their
 Left out on purpose: one ranking over all matrices, soft movement pruning (a threshold and a penalty), and N:M patterns, for which prune once and train Masked.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax import trees, weights
+from bigflax.compress.matrices import highest
 from bigflax.metrics import Mean
 from bigflax.weights import Masked, Moving, is_typed, named_weights, parse_axes
 
@@ -68,7 +70,7 @@ def moving(params: Any, rules: trees.Rules, *, axes: Any) -> Any:
 def gradual(loss_fn: Callable[..., Any], schedule: Callable[[Any], Any], *, every: int = 1) -> Callable[..., tuple[Any, ...]]:
     """The loss, which in training moves the masks on: after a number of steps that `every` divides, the share that `schedule` says for it is left out.
 
-    That costs a sort of each matrix. Metric: `sparsity`, the share of Moving entries that were left out."""
+    Metric: `sparsity`, the share of Moving entries that were left out."""
     if every < 1:
         raise ValueError(f"masks move every so many steps, at least one, not {every}")
 
@@ -82,24 +84,15 @@ def gradual(loss_fn: Callable[..., Any], schedule: Callable[[Any], Any], *, ever
         for name, w in found.items():
             step, scores = w.step + 1, jax.lax.stop_gradient(jnp.abs(w.w) if w.scores is None else w.scores)
             now = step.reshape(-1)[0]  # that of all layers
-            remake = lambda scores=scores, now=now, w=w: _highest(scores, w.step.ndim, schedule(now))
+            own = tuple(range(w.step.ndim, w.mask.ndim))  # of one matrix of a stack
+            zeros = jnp.round(schedule(now) * math.prod(w.mask.shape[axis] for axis in own)).astype(jnp.int32)
+            remake = lambda scores=scores, zeros=zeros, own=own: highest(scores, zeros, own)
             new |= {f"{name}/step": step, f"{name}/mask": jax.lax.cond(now % every == 0, remake, lambda w=w: w.mask)}
         out = sum(jnp.sum(~w.mask, dtype=jnp.float32) for w in found.values())
         sparsity = Mean(out, jnp.float32(sum(w.mask.size for w in found.values())))
         return loss, {**metrics, "sparsity": sparsity}, {**updates, **new}
 
     return moved
-
-
-def _highest(scores: jax.Array, stacked: int, share: Any) -> jax.Array:
-    """True but for this share of the entries of each matrix of the stack, to one, those of the lowest scores; of equals the first."""
-
-    def one(scores):
-        place = jnp.argsort(jnp.argsort(scores.reshape(-1)))
-        return (place >= jnp.round(share * scores.size)).reshape(scores.shape)
-
-    # one after the other: a sort holds a matrix whole, which on a mesh no device else does
-    return jax.lax.map(one, scores.reshape(-1, *scores.shape[stacked:])).reshape(scores.shape)
 
 
 def sparsified(params: Any, kind: str = "array", *, axes: Any = None) -> Any:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from bigflax import trees
-from bigflax.compress.matrices import as_matrix, as_weight, compensated, prepared
+from bigflax.compress.matrices import as_matrix, as_weight, compensated, highest, prepared
 from bigflax.compress.observing import Seen
 from bigflax.weights import Masked, input_axis, is_typed, sparse
 
@@ -49,16 +49,20 @@ def read_pattern(text: Any) -> Pattern:
 
 
 def kept(score_KN: Array, pattern: Pattern) -> Array:
-    """Where the numbers stay, [K, N] of booleans: of each output, or each group of its inputs, those of the highest score. Raises ValueError where the groups
-    do not fit."""
+    """Where the numbers stay, [K, N] of booleans: of each output, or each group of its inputs, those of the highest score. Scores are not negative. Raises
+    ValueError where the groups do not fit."""
     K = len(score_KN)
     of = pattern.of or K
     if K % of:
         raise ValueError(f"groups of {of} do not divide {K} inputs; nearest is {math.gcd(of, K)}")
     zeros = int(pattern.zeros) if pattern.of else int(pattern.zeros * K)
     groups = score_KN.reshape(K // of, of, -1)
-    rank = jnp.argsort(jnp.argsort(groups, axis=1, stable=True), axis=1)
-    return (rank >= zeros).reshape(score_KN.shape)
+    if of <= 16:  # each beside each; of two alike the first goes
+        ahead = jnp.tri(of, k=-1, dtype=bool)[:, :, None]
+        mine, its = groups[:, :, None], groups[:, None]
+        rank = jnp.sum((its < mine) | ((its == mine) & ahead), 2)
+        return (rank >= zeros).reshape(score_KN.shape)
+    return highest(groups, zeros, (1,)).reshape(score_KN.shape)
 
 
 def magnitude(w: Array, pattern: Pattern, *, axes: str, seen: Seen | None = None) -> Masked:
@@ -98,7 +102,7 @@ def _sparsegpt(w_KN, hessian_KK, pattern, damp, block):
             return jnp.zeros(rows.shape, bool)
         real = at + jnp.arange(len(rows)) < K
         scores = jnp.where(real[:, None], cost(rows, factor), jnp.inf)
-        return scores >= jnp.sort(scores.reshape(-1))[(pattern.zeros * real.sum() * N).astype(int)]
+        return highest(scores, (pattern.zeros * real.sum() * N).astype(int), (0, 1))
 
     def of_row(rows, factor, i, at, stays):
         if pattern.of:
@@ -122,7 +126,7 @@ def alps(w: Array, pattern: Pattern, *, axes: str, seen: Seen, damp: float = 0.0
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _alps(w_KN, hessian_KK, pattern, damp, turns, fits):
-    K, N = w_KN.shape
+    K = len(w_KN)
     diagonal = jnp.diag(hessian_KK)
     h = hessian_KK + (damp * jnp.mean(diagonal) + jnp.where(jnp.any(diagonal > 0), 0.0, 1.0)) * jnp.eye(K)
     size_K = jnp.sqrt(jnp.diag(h))  # weights in units of what they do: the hessian's diagonal is one
@@ -133,7 +137,7 @@ def _alps(w_KN, hessian_KK, pattern, damp, turns, fits):
     def stay(x):
         if pattern.of:
             return kept(jnp.abs(x), pattern)
-        return kept(jnp.abs(x).reshape(-1, 1), pattern).reshape(K, N)
+        return highest(jnp.abs(x), int(pattern.zeros * x.size), (0, 1))
 
     def turn_once(carry):
         at, pull, dual, sparse, mask, _ = carry

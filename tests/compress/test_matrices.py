@@ -8,7 +8,7 @@ from compress import references
 
 from bigflax import ops, weights
 from bigflax.compress import factoring, pruning, quantizing
-from bigflax.compress.matrices import as_matrix
+from bigflax.compress.matrices import as_matrix, highest
 from bigflax.compress.observing import Seen
 
 K, N, ROWS = 48, 24, 160
@@ -127,6 +127,19 @@ def test_alps_is_the_papers(text, said):
     assert off(made, "embed -> mlp") == pytest.approx(np.linalg.norm(X @ (want - W)) / np.linalg.norm(X @ W), rel=0.005)
     rival = pruning.sparsegpt(jnp.asarray(W), pattern, axes="embed -> mlp", seen=SEEN)
     assert off(made, "embed -> mlp") < 0.95 * off(rival, "embed -> mlp")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize(("shape", "axes"), [((60,), (0,)), ((4, 50, 3), (1,)), ((3, 20, 30), (1, 2)), ((17, 9), (0, 1))])
+def test_the_highest_are_those_that_a_sort_finds(share, shape, axes):
+    """Of both signs, with many equals: of those the first go."""
+    scores = np.random.default_rng(0).normal(size=shape).round(1).astype(np.float32) + 0.0
+    scores.flat[:3] = [np.inf, -np.inf, 0.0]
+    size = int(np.prod([shape[axis] for axis in axes]))
+    zeros = int(share * size)
+    found = jax.jit(lambda scores, zeros: highest(scores, zeros, axes))(scores, zeros)
+    flat = lambda x: np.moveaxis(np.asarray(x), axes, range(len(shape) - len(axes), len(shape))).reshape(-1, size)
+    np.testing.assert_array_equal(flat(found), np.argsort(np.argsort(flat(scores), 1, kind="stable"), 1) >= zeros)
 
 
 @pytest.mark.parametrize("text", PATTERNS)
