@@ -111,7 +111,6 @@ def _architecture(model: Model) -> tuple[str, bool]:
     plain_yarn = not {"attention_factor", "mscale", "mscale_all_dim", "truncate"} & (c["rope_scaling"] or {}).keys()
     for what, wrong in {
         f"hidden_act {c['hidden_act']!r}": c["hidden_act"] != "silu",
-        "qk_norm": c.get("qk_norm", False),
         "attention_bias": c.get("attention_bias", False) and model.family == "qwen3",
         f"rope scaling {kind!r}": kind == "dynamic" or (kind == "llama3" and not FAMILIES[model.family][1]) or (kind == "yarn" and not plain_yarn),
     }.items():  # fmt: skip

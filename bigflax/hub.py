@@ -203,7 +203,7 @@ def save(
     if leaves.keys() != like.keys():
         raise ValueError(f"these are not the weights of this model: {_list(leaves.keys() ^ like.keys())} is in one of the two only")
     own = not merge and any(map(is_typed, leaves.values()))
-    written = _config(model, dtype, labels, own=own)
+    written = _config(model, dtype, labels)
     first = jax.process_index() == 0
     if own:
         packed.write(folder, model, params, dtype=dtype, shard_bytes=shard_bytes)
@@ -252,13 +252,10 @@ def _written(stored: Any, dtype: Any) -> np.dtype:
     return np.dtype("int64") if jnp.issubdtype(stored, jnp.integer) else jnp.dtype(dtype or stored)
 
 
-def _config(model: Model, dtype: Any, names: Sequence[str] = (), *, own: bool = False) -> dict[str, Any]:
-    """The config.json: that which was loaded, or the family's fields, with the architecture of the head; of a folder of our `own` all of them."""
+def _config(model: Model, dtype: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The config.json: that which was loaded, or the family's fields, with the architecture of the head."""
     home = models.family(model.family)
     fields = {key: value for key, value in model.config.items() if key not in published.OURS}
-    for ours in getattr(home, "OURS", ()):
-        if not own and fields.pop(ours, None):
-            raise ValueError(f"{ours} is our own; no {model.family} of transformers has it, so this model cannot be written as one")
     for derived in getattr(home, "DERIVED", ()):  # transformers derives it where it is left out, and takes null for no
         if fields.get(derived, 0) is None:
             del fields[derived]

@@ -26,8 +26,8 @@ def get_config(variant: str = "dpo"):
     base = dict(
         work="runs/preference-base",
         model=dict(
-            name="llama", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, tie_word_embeddings=True,
-            qk_norm=True, max_position_embeddings=256, unroll=True,
+            name="qwen3", hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+            tie_word_embeddings=True, max_position_embeddings=256, unroll=True,
         ),
         tokenizer=dict(kind="bpe", vocab_size=4096),
         data=dict(source=dict(kind="jsonl", path="articles.jsonl"), length=256, batch_size=8, validation_fraction=0.02),

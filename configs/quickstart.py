@@ -20,13 +20,14 @@ def get_config(variant: str = "short"):
         dict(
             work="runs/quickstart-long" if long else "runs/quickstart",
             model=dict(
-                name="llama",
+                name="qwen3",
                 hidden_size=192 if long else 128,
                 intermediate_size=512 if long else 344,
                 num_hidden_layers=6 if long else 4,
                 num_attention_heads=4,
+                num_key_value_heads=4,
+                head_dim=48 if long else 32,
                 tie_word_embeddings=True,
-                qk_norm=True,
                 max_position_embeddings=256 if long else 128,
                 unroll=True,  # a tenth faster on a CPU, which copies each layer's slice of a scanned weight
             ),

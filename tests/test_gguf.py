@@ -203,7 +203,6 @@ def test_metadata(family, more, want, tmp_path):
 REFUSED = {
     "another family": ("gpt2", dict(n_embd=64, vocab_size=96), "language models of llama, mistral, qwen2, qwen3; this is a gpt2"),
     "another head": ("llama", dict(TINY, head=None), "this is a llama with head None"),
-    "our own norm": ("llama", dict(TINY, qk_norm=True), "computes no llama with qk_norm"),
     "another activation": ("qwen2", dict(TINY, hidden_act="gelu"), "no qwen2 with hidden_act 'gelu'"),
     "a stretch by length": ("llama", dict(TINY, rope_scaling=dict(YARN, rope_type="dynamic")), "rope scaling 'dynamic'"),
     "a stretch of llama's": ("qwen3", dict(TINY, rope_scaling=LLAMA3), "no qwen3 with rope scaling 'llama3'"),

@@ -1,7 +1,7 @@
 """Llama 2 and 3: rotary positions, grouped-query attention, RMS norm, SwiGLU, no biases. Touvron et al. 2023; Grattafiori et al. 2024.
 
-Arguments are the fields of the Hugging Face config (`model_type` "llama"), with its defaults. `qk_norm` (as in Qwen3 and OLMo 2) is ours,
-for models made from nothing.
+Arguments are the fields of the Hugging Face config (`model_type` "llama"), with its defaults. The same with a norm on queries and keys, which trains
+better from nothing, is `qwen3`.
 """
 
 from typing import Any
@@ -60,7 +60,6 @@ def build(
     rope_scaling: Any = None,
     attention_bias: bool = False,
     mlp_bias: bool = False,
-    qk_norm: bool = False,
     head: str | None = "causal_lm",
     num_labels: int = 2,
     dtype: str = "float32",
@@ -72,7 +71,7 @@ def build(
     norm = lambda: Norm("rms", rms_norm_eps)
     attention = Attention(
         num_attention_heads, head_dim or head_width(hidden_size, num_attention_heads), num_key_value_heads,
-        rope=Rope(rope_theta, scaling=rope_scaling), norm=norm() if qk_norm else None, bias=attention_bias, init=init, out_init=out_init,
+        rope=Rope(rope_theta, scaling=rope_scaling), bias=attention_bias, init=init, out_init=out_init,
     )  # fmt: skip
     mlp = Mlp(intermediate_size, hidden_act, gated=True, bias=mlp_bias, init=init, out_init=out_init)
     return Transformer(
@@ -111,5 +110,4 @@ def heads(name: str) -> dict:
 HEADS = heads("Llama")
 BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 IGNORED = ("attention_dropout",)
-OURS = ("qk_norm",)
 FIXED = {"pretraining_tp": 1}

@@ -48,14 +48,15 @@ def build(
     unroll: int | bool = 1,
 ) -> Transformer:
     init, norm = normal(initializer_range), lambda: Norm("rms", rms_norm_eps)
+    out_init = normal(initializer_range / (2 * num_hidden_layers) ** 0.5)
     window = sliding_window if use_sliding_window else None
     local = lambda i: "sliding_attention" if window is not None and i >= max_window_layers else "full_attention"
-    mlp = lambda: Mlp(intermediate_size, hidden_act, gated=True, init=init, out_init=init)
+    mlp = lambda: Mlp(intermediate_size, hidden_act, gated=True, init=init, out_init=out_init)
 
     def block(kind: str) -> Block:
         attention = Attention(
             num_attention_heads, head_dim, num_key_value_heads, norm=norm(), bias=attention_bias,
-            rope=Rope(rope_theta, scaling=rope_scaling), window=window if kind == "sliding_attention" else None, init=init, out_init=init,
+            rope=Rope(rope_theta, scaling=rope_scaling), window=window if kind == "sliding_attention" else None, init=init, out_init=out_init,
         )  # fmt: skip
         return Block(attention, mlp(), norm())
 
