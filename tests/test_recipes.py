@@ -6,11 +6,13 @@ import re
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bigflax import data, models, recipes, trees
+import bigflax
+from bigflax import data, gguf, models, recipes, trees
 from bigflax.data.augment import create
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -290,3 +292,17 @@ def test_flat_and_unflatten_are_inverse():
 def test_diff_names_what_changed_and_ignores_what_it_is_told():
     old, new = recipes.resolve(small()), recipes.resolve(small(), ["optimizer.lr=0.5", "fit.log_every=3"])
     assert recipes.diff(old, new, ignore=recipes.HARMLESS) == ["optimizer.lr: 0.001 -> 0.5"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "preference:base"])
+def test_what_the_small_decoders_learn_is_read_by_others(name, tmp_path):
+    """As a folder of transformers' and as a file of llama.cpp's: each is of a family that has both."""
+    c = recipes.load(name).model
+    model = models.create(c.name, **{key: value for key, value in c.items() if key != "name"}, vocab_size=300)
+    params = model.init(jax.random.key(0))
+    bigflax.save(model, params, str(tmp_path))
+    again, loaded = bigflax.load(str(tmp_path))
+    assert again.family == model.family
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    pytest.importorskip("gguf")
+    gguf.save(model, params, str(tmp_path / "small.gguf"))

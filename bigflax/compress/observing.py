@@ -186,7 +186,7 @@ def layer_by_layer(
             xs = [np.asarray(x) for x, _ in outs]
             said.append(jax.tree.map(lambda *parts: sum(parts), *[seen for _, seen in outs]))
         for name, rel in inside.items():
-            made[name] = changed[0][rel] if layers is None else stacked([new[rel] for new in changed])
+            made[name] = changed[0][rel] if layers is None else stacked([new.pop(rel) for new in changed])  # each is held twice alone
         left.difference_update(inside)
         if not any("layers" in parse_axes(texts[name]).stack for name in left):
             raise _Enough

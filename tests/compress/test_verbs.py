@@ -1,13 +1,12 @@
 """quantize, prune and factorize over whole models: what they reach, what they cost, and that chains of them hold wherever arrays do."""
 
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmarks import bench_calibration
 
 from bigflax import compress, models, optim, peft, sharding, tasks, train, trees, weights
 from bigflax.checkpoint import Checkpoints
@@ -100,35 +99,14 @@ def test_chains_train_save_and_restore_on_another_mesh(name, case, tmp_path):
     assert zeros(again.weights) == zeros(here.weights) == zeros(small)
 
 
-GROWN = """
-import sys, jax, numpy as np
-from bigflax import compress, models, trees
-model = models.create("llama", vocab_size=64, hidden_size=1024, intermediate_size=1024, num_hidden_layers=int(sys.argv[1]), num_attention_heads=8)
-params = model.init(jax.random.key(0))
-ids = np.random.default_rng(0).integers(0, 64, (2, 64)).astype(np.int32)
-forward, every = lambda p, b: model.apply(p, **b), "blocks.*/(q|k|v|out|up|gate|down)"
-jax.block_until_ready(jax.jit(forward)(params, {"input_ids": ids}))
-peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-before = peak()
-small = compress.quantize(model, params, [(every, "int8")], method="smoothquant", forward=forward, batches=[{"input_ids": ids}])
-jax.block_until_ready(small)
-print(peak() - before, trees.nbytes(params))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process's memory is Linux's")
 def test_calibration_never_holds_two_float_copies():
     """What 28 layers take more at the peak than 4, of what they weigh more: their codes, a byte each, and not a second time themselves. What a compiler
     takes, and one layer's statistics and copies, are the same for both."""
-    # what is freed goes back to the system at once: left to itself, glibc keeps it for the next array
-    told = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1", "XLA_FLAGS": ""}
-    run = lambda layers: subprocess.run(
-        [sys.executable, "-c", GROWN, str(layers)], capture_output=True, text=True, check=True, env=told
-    ).stdout.split()
-    (small, light), (large, heavy) = (map(int, run(layers)[-2:]) for layers in (4, 28))
-    assert 0.1 < (large - small) / (heavy - light) < 0.6
+    sizes = dict(heads=8, tokens=128, width=1024, mlp=1024, dtype="float32", method="smoothquant", form="int8")
+    (small, light, *_), (large, heavy, *_) = (bench_calibration.grown(layers, **sizes) for layers in (4, 28))
+    assert 0.1 < (large - small) / (heavy - light) < 0.4
 
 
 MISTAKES = {
