@@ -109,7 +109,7 @@ class Taught(runs.Run):
         both = lambda own, guide, batch: self.lesson({**own, distill.TEACHER: guide}, batch, None)[:2]
         try:
             jax.eval_shape(both, self.shapes, self.teacher.params, loader.spec)
-        except TypeError as error:  # an input that only one of the two has
+        except (TypeError, ValueError) as error:  # an input that only one of the two has
             raise ValueError(f"the teacher {self.config.teacher.source!r} cannot be asked as the student is: {error}") from error
 
     def begin(self) -> Any:

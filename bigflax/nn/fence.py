@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -123,7 +124,12 @@ def model(module: nn.Module, **example: Any) -> Model:
     def init(rng: jax.Array) -> Any:
         return jax.tree.map(lambda box: box.value, boxed(rng), is_leaf=is_named)
 
+    known = list(inspect.signature(type(module).__call__).parameters.values())[1:]
+    taken, any_name = [p.name for p in known], any(p.kind is p.VAR_KEYWORD for p in known)
+
     def apply(params: Any, *, rng: jax.Array | None = None, **inputs: Any) -> dict[str, Any]:
+        if not any_name and (unknown := sorted(inputs.keys() - {*taken})):
+            raise ValueError(f"a {type(module).__name__} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'it takes')}")
         return module.apply({"params": params}, rngs=None if rng is None else {"dropout": rng}, **inputs)  # type: ignore[return-value]
 
     begin = (lambda params, *given, **how: module.empty_cache(*given, **how)) if hasattr(module, "empty_cache") else None

@@ -408,6 +408,8 @@ MISTAKES = {
     "kind of layer": (lambda: build("resnet", layer_type="wide"), "unknown layer_type 'wide'"),
     "too many layers": (lambda: build("cnn", image_size=3), r"hidden_sizes \[8, 16\] are not 1 to 8 layers, .* an image of 3 pixels"),
     "pooled away": (lambda: build("cnn", image_size=8, pools=[3, 3]), r"pooling by \[3, 3\] leaves something of an image of 8 pixels"),
+    "attentions": (lambda: jax.eval_shape(functools.partial(build("resnet").apply, attentions=True), build("resnet").shapes()),
+                   "a ConvNet takes no 'attentions'; it takes 'hidden_states'"),
     "pools": (lambda: build("cnn", pools=[2]), r"hidden_sizes \[8, 16\] are not 1 to 8 layers, after which pooling by \[2\]"),
 }  # fmt: skip
 
