@@ -9,6 +9,7 @@ Left out on purpose: inheritance between recipes. A recipe is Python: import ano
 """
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -267,7 +268,8 @@ def set_key(config: Config, path: str, value: Any) -> None:
     if key not in config:
         raise ValueError(f"unknown key {path!r}; {trees.did_you_mean(key, config)}")
     try:
-        config[key] = value
+        with config.ignore_type() if config[key] is inspect.Parameter.empty else contextlib.nullcontext():  # not said yet: of any type
+            config[key] = value
     except TypeError:
         raise ValueError(f"{path} is {config[key]!r}, a {type(config[key]).__name__}; {value!r} is a {type(value).__name__}") from None
 

@@ -209,6 +209,13 @@ def test_overrides(text, key, want):
     assert recipes.flat(recipes.resolve(small(), [text]))[key] == want
 
 
+def test_what_a_recipe_leaves_open_the_command_says():
+    said = small(fit=dict(epochs=2))
+    del said.fit.steps, said.optimizer.lr
+    made = recipes.resolve(said, ["fit.epochs=None", "fit.steps=7", "optimizer.lr=0.5"])
+    assert (made.fit.epochs, made.fit.steps, made.optimizer.lr) == (None, 7, 0.5)
+
+
 PHOTOS = dict(model=dict(name="vit", size="tiny"), data=dict(source=dict(kind="images", path="p"), size=16, batch_size=4),
               task=dict(name="classification"), optimizer=dict(lr=1e-3), fit=dict(steps=10))  # fmt: skip
 
