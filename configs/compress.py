@@ -26,6 +26,7 @@ out, by how much worse, KL from float32, and of what plain rounding (scales to t
     2:4, sparsegpt         60.56    11.96%   0.1220     38%    44%
     2:4, alps              58.38     7.93%   0.0785     25%    28%
     2:4, alps, recovered   56.42     4.29%   0.0484     14%    17%      200 steps
+    ", another decoder     55.00     1.72%   0.0306    5.7%    11%      1,000 steps; magnitude 30.11%, alps 8.04% there
     80%, svd               90.95    68.13%   0.5513                     low rank: a fifth of the numbers less
     80%, asvd              87.30    61.38%   0.5207     90%    94%
     80%, whitened          60.80    12.40%   0.1212     18%    22%
