@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 import bigflax
 from bigflax import data, gguf, models, recipes, trees
 from bigflax.data.augment import create
+from bigflax.main import main
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -313,3 +314,22 @@ def test_what_the_small_decoders_learn_is_read_by_others(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     pytest.importorskip("gguf")
     gguf.save(model, params, str(tmp_path / "small.gguf"))
+
+
+@pytest.mark.slow
+def test_the_recipe_of_preferences_from_its_first_command_to_its_last(tmp_path, monkeypatch):
+    """As its docstring has them, of texts of a few words and for a few steps."""
+    articles = {
+        str(i): {"title": str(i), "extract": f"Thing {i} is number {i} of all things." * 4, "description": f"Sort {i % 50}", "topic": "a"}
+        for i in range(300)
+    }
+    (tmp_path / "articles").write_text(json.dumps(articles))
+    monkeypatch.chdir(tmp_path)
+    script("preference").write("articles")
+    few = ["--config.data.length=64", "--config.data.batch_size=8", "--config.optimizer.warmup_steps=1"]
+    assert main(["train", "--config=preference:base", "--config.tokenizer.vocab_size=300", "--config.fit.steps=3", *few]) == 0
+    assert main(["convert", "runs/preference-base", "runs/preference-base/weights"]) == 0
+    assert (
+        main(["train", "--config=preference", "--config.fit.epochs=None", "--config.fit.steps=3", "--config.fit.eval_every=3", *few]) == 0
+    )
+    assert "eval/margin" in json.loads(Path("runs/preference-dpo/summary.json").read_text())
