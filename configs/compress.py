@@ -33,7 +33,8 @@ out, by how much worse, KL from float32, and of what plain rounding (scales to t
     80%, ", recovered      55.82     3.19%   0.0450      5%     8%      200 steps
 
 Another decoder of the same recipe, at 54.07 on another machine: int8 0.01% worse, W8A8 0.04%, SmoothQuant 0.02% (an mlp of 344, at 53.67); plain 2.87%, awq
-1.53%, gptq 0.86%, hadamard 0.44%; magnitude 12.77%, wanda 9.28%, sparsegpt 3.40%. Students of half the layers: not yet run.
+1.53%, gptq 0.86%, hadamard 0.44%; magnitude 12.77%, wanda 9.28%, sparsegpt 3.40%. Students of half the
+layers: configs/distill.py.
 
 MiniLM-L6 fine-tuned on 500 texts (finetune, one seed), matrices of the layers alone, tables left in float32; accuracy of 800 others, KL from float32, on a busy
 machine of two CPU cores how many times as fast as float32; AWQ as it was before it clipped by products:
