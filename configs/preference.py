@@ -10,7 +10,8 @@
 A pair is {"prompt": an article's first lines, "chosen": its short description, "rejected": that of another article of the same topic}. The articles
 whose pairs are tested on are in no text that the decoder has seen. Pairs of your own: the same three fields, a decoder of your own in `model.source`.
 
-Measured: the decoder, one seed, on what it holds out: loss 3.99 (perplexity 54.1), 1.59 bits a byte, accuracy 28.0%. DPO: not yet.
+Measured: the decoder, one seed, on what it holds out: loss 3.99 (perplexity 54.1), 1.59 bits a byte, accuracy 28.0%. DPO
+on the first 2,600 pairs (162 steps, one seed): of 1,012 held-out pairs 70.5% in the right order, margin 0.228, loss 0.608 (of 0 and 0.693 at the start).
 """
 
 import hashlib
