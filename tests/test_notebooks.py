@@ -129,7 +129,7 @@ def execute(name, folder, steps, report, insert=None):
 STEPS = 24
 # The quickstart's text and code, with a model and a held-out part that take seconds.
 SMALL = """
-config.model.hidden_size, config.model.intermediate_size, config.model.num_hidden_layers, config.model.num_attention_heads = 64, 128, 2, 2
+config.model.update(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
 config.data.validation_fraction = 0.006
 """
 
