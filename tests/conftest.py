@@ -1,5 +1,6 @@
 """Eight fake CPU devices and one folder of compiled programs for every test; set before JAX starts, because it reads them once."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -19,6 +20,15 @@ os.environ.setdefault("NPROC", "16")  # two threads a device: with one, a step w
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
 
 import pytest
+
+gc.set_threshold(
+    100_000, 50, 100
+)  # tracing makes small objects by the million: a tenth of the time was spent looking for cycles among them
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what was imported stays
 
 
 @pytest.fixture

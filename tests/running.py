@@ -5,6 +5,7 @@ Not a test: test_resume.py, test_hosts.py, test_bad_input.py and test_main.py sh
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -171,6 +172,24 @@ def child_python(code: str, *argv: str, env: dict[str, str] | None = None, timeo
     done = subprocess.run([sys.executable, "-c", code, *argv], env=env or {**os.environ}, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.rstrip("\n")
+
+
+# -- chips that are not here ----------------------------------------------------------------------------------------------
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (extra plan) is not installed")
+TPU = dict(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)  # fmt: skip
+
+
+def for_tpu(code: str, *argv: str, level: str = "O0") -> str:
+    """The standard output of a Python program that compiles for TPUs; a child, because libtpu looks for one at start.
+
+    At "O0" the compiler takes a seventh of the time. What is sent is the same, within 5% of each kind and axis of test_promises.py; temporaries
+    may be three times as large, so a bound on bytes is held at "O2", the default; the order of what remat policies keep is the same at both.
+    """
+    return child_python(code, *argv, env=os.environ | TPU | {"JAX_OPTIMIZATION_LEVEL": level}, timeout=900)
 
 
 # -- images ---------------------------------------------------------------------------------------------------------------

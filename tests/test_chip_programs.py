@@ -1,22 +1,12 @@
 """What the TPU compiler makes of a small llama's train step on a v5e: less memory for each remat policy that keeps less, products of 8 bits
-where they were asked for. It compiles in a child process, for libtpu looks for a TPU at start."""
+where they were asked for."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from running import for_tpu, needs_libtpu
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"),
-]
-ENV = dict(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)  # fmt: skip
+pytestmark = [pytest.mark.slow, needs_libtpu]
 STEP = """
 import json, re, sys
 import jax, jax.numpy as jnp
@@ -42,11 +32,8 @@ for remat, matmul in json.loads(sys.argv[1]):
 def compiled():
     """What the compiler says of each (remat, matmul)."""
     cases = [("none", None), ("dots", None), ("full", None), ("offload", None), ("full", "int8")]
-    done = subprocess.run(
-        [sys.executable, "-c", STEP, json.dumps(cases)], env={**os.environ, **ENV}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(cases, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], strict=True))
+    found = for_tpu(STEP, json.dumps(cases)).splitlines()
+    return dict(zip(cases, [json.loads(line) for line in found if line.startswith("{")], strict=True))
 
 
 def test_what_keeps_less_takes_less_memory(compiled):

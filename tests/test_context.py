@@ -1,16 +1,13 @@
 """A sequence over several devices: loss and every gradient are those of one device, for every kind of attention, and TPU programs send what
 ops/context.py promises."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import for_tpu, needs_libtpu
 
 from bigflax import models, optim, sharding, tasks, train, trees
 
@@ -97,19 +94,11 @@ for sizes in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed (pip install bigflax[plan])"
-)
+@needs_libtpu
 def test_a_tpu_runs_the_kernel_and_sends_keys_and_halves_alone():
     """On 4 devices: k and v are gathered once a pass and their gradients scattered once; of a device's rows, two halves travel each time."""
     meshes = [dict(tensor=4), dict(context=4)]
-    env = os.environ | dict(
-        TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", TPU, json.dumps(meshes)], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    heads, sequence = map(json.loads, done.stdout.splitlines())
+    heads, sequence = map(json.loads, for_tpu(TPU, json.dumps(meshes), level="O2").splitlines())
     assert heads["kernels"] == sequence["kernels"] == 3  # forward once, as its output is saved by name; dq; dk and dv
     assert heads["temporaries"] < 4 * 4096 * 4096 * 2 / 16  # a device's heads, T x T in bfloat16: nothing of that size is held
     assert sequence["temporaries"] < 16 * 1024 * 4096 * 2 / 16

@@ -9,15 +9,12 @@
 N below are the bytes of the weights in the dtype of computation, bfloat16; gradients travel in it or, where several are added first, in float32.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from running import for_tpu, needs_libtpu
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_libtpu]
 L, D, F, V, B, T = 4, 512, 1024, 2048, 16, 512
 WEIGHTS = L * (4 * D * D + 3 * D * F) + 2 * V * D  # norms aside
 N, ACTIVATIONS = 2 * WEIGHTS, 2 * B * T * D
@@ -30,10 +27,6 @@ LAYOUTS = {
     "stage": ({"stage": 2, "data": 4}, "v5e:2x4", 1, {"micro_batches": 4}),
     "stage, two rounds": ({"stage": 2, "fsdp": 4}, "v5e:2x4", 1, {"micro_batches": 4, "repeats": 2}),
 }
-ENVIRONMENT = dict(
-    TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)  # fmt: skip
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -60,13 +53,8 @@ print(json.dumps({name: sent(*case) for name, case in json.loads(sys.argv[1]).it
 @pytest.fixture(scope="module")
 def sent():
     """`sent(layout, axes, kind=None, wire=False)`: bytes of results, or those that a device sends, in one step."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("the TPU compiler (extra plan) is not installed")
     cases = {name: (L, D, F, V, B, T, *case) for name, case in LAYOUTS.items()}
-    argv = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
-    done = subprocess.run(argv, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(for_tpu(PROGRAM, json.dumps(cases)).splitlines()[-1])
 
     def count(layout, axes, *kinds, wire=False):
         return sum(row[3 if wire else 2] for row in found[layout] if row[1] == axes and (not kinds or row[0] in kinds))

@@ -1,11 +1,10 @@
 """Topologies: what is written is what is rented; a mesh of stand-ins is the mesh that the compiler's devices make."""
 
-import importlib.util
 import itertools
 import os
 
 import pytest
-from running import child_python
+from running import child_python, needs_libtpu
 
 from bigflax import sharding, topology
 
@@ -82,7 +81,7 @@ print("TPU_ACCELERATOR_TYPE" in os.environ)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (extra plan) is not installed")
+@needs_libtpu
 def test_stand_ins_stand_where_the_compilers_devices_do():
     env = {name: value for name, value in os.environ.items() if name not in topology.ALONE}
     said = child_python(COMPILERS, env=env).splitlines()

@@ -1,13 +1,10 @@
 """Flags and the compilation cache: every name is one that the compiler knows, and what was compiled is told."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import for_tpu, needs_libtpu
 
 from bigflax import sharding, xla
 from bigflax.main import parser, prepare
@@ -69,13 +66,9 @@ except jax.errors.JaxRuntimeError as error:
 
 
 @pytest.mark.slow
+@needs_libtpu
 def test_the_compiler_knows_the_flags_of_a_tpu():
-    pytest.importorskip("libtpu", reason="the TPU's compiler comes with libtpu")
-    env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-           "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "No such compile option: 'xla_tpu_no_such_flag'" in done.stdout
+    assert "No such compile option: 'xla_tpu_no_such_flag'" in for_tpu(TPU)
 
 
 @pytest.fixture

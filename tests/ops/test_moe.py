@@ -1,17 +1,14 @@
 """Mixtures of experts: by hand one token at a time, both paths beside each other on one device and on eight, and the loss that balances."""
 
 import functools
-import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import for_tpu, needs_libtpu
 
 from bigflax import models, ops, sharding, tasks, train, trees, weights
 
@@ -380,22 +377,16 @@ def loss(params, x):
         return jnp.sum(jnp.square(module.apply({"params": params}, x)[0].astype(jnp.float32)))
 print(jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile().as_text())
 """
-TPU = dict(
-    TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_PLATFORMS="cpu",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS="",
-)  # fmt: skip
 SENT = 2 * 1024 * 512  # numbers: a row for each choice of a device's tokens
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: there is no TPU compiler")
+@needs_libtpu
 @pytest.mark.parametrize("way, kind", [("exchange", "ragged-all-to-all"), ("capacity", "all-to-all")])
 def test_on_a_tpu_rows_travel_in_their_group_once_a_direction_and_pass(way, kind):
     """There and back, forward and backward, between the four devices along `expert` and no others; the weights' width is gathered, and the sum
     of its gradients scattered, between the two along `fsdp`."""
-    done = subprocess.run([sys.executable, "-c", LAYER, way], env={**os.environ, **TPU}, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    lines = for_tpu(LAYER, way).splitlines()
     of = lambda kind: [line for line in lines if re.search(rf"= \S+ {kind}(-start)?\(", line)]
     numbers = lambda line: math.prod(map(int, re.search(r"\[([\d,]+)\]", line).group(1).split(",")))
     moved = of(kind)
