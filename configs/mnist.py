@@ -42,7 +42,7 @@ AUGMENT = "affine:12:0.12:10:2.5,erase:0.25:0.02:0.15:2:black"
 PGD = dict(name="pgd", on="pixel_values", norm="linf", eps=0.1 / 0.3081, steps=4, bounds=(-0.1307 / 0.3081, 0.8693 / 0.3081))
 VARIANTS = {  # images, epochs, the model's widths, what is done to an image, the optimizer's and the task's own
     "digits": (8_000, 40, dict(hidden_sizes=[16, 32, 32, 48, 48], dense_size=64), dict(**DIGITS, augment=AUGMENT), {}, {}),
-    "fashion": (60_000, 15, dict(hidden_sizes=[16, 32, 32, 64, 64], dense_size=48),
+    "fashion": (60_000, 15, dict(hidden_sizes=[32, 64, 64, 128, 128], dense_size=48),
                 dict(mean=(0.2860,), std=(0.3530,), flip=0.5, augment="crop:2"), {}, {}),
     "robust": (8_000, 10, dict(hidden_sizes=[16, 32, 32, 48, 48], dense_size=64), DIGITS, dict(lr=1e-3, warmup_steps=300), dict(attack=PGD)),
 }  # fmt: skip
