@@ -28,9 +28,8 @@ too (tests/benchmarks/bench_finetune.py). Logistic regression on the frozen enco
 So lora reaches 98.7% of full's accuracy with 0.99% of its weights, bitfit 97.5%. Its row was measured with rank 8 of q and v; the recipe has rank 4 of q,
 k, v and out, as many numbers: 87.88 +- 0.25%, macro F1 0.848, 98.6%. Rank 2 of those and 1 of the mlp's (alpha 8, rate 3e-3; 211,979 numbers): 88.08 +-
 0.69%, 0.852, 98.8%. transformers and PEFT, from the same weights over the same batches, one seed: 89.12% (full) and 87.62% (lora), where ours has 88.88%
-and 88.12%. A step of theirs takes 0.90 (full) and 0.99 (lora) times as long as ours. With 1,800 texts and four epochs: lora,
-three seeds, 91.67 +- 0.62%, macro F1 0.893; full, two seeds, 89.88, 90.88%, 0.876; the
-frozen embeddings have 86.5%. Another rate for full was not tried.
+and 88.12%. A step of theirs takes 0.90 (full) and 0.99 (lora) times as long as ours. With 1,800 texts and four epochs: lora, three
+seeds, 91.67 +- 0.62%, macro F1 0.893; full, two seeds, 89.88, 90.88%, 0.876; the frozen embeddings have 86.5%. Another rate for full was not tried.
 """
 
 from ml_collections import ConfigDict

@@ -21,9 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 
 import pytest
 
-gc.set_threshold(
-    100_000, 50, 100
-)  # tracing makes small objects by the million: a tenth of the time was spent looking for cycles among them
+# Tracing makes small objects by the million: a tenth of the time was spent looking for cycles among them.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_finish():

@@ -186,8 +186,8 @@ TPU = dict(
 def for_tpu(code: str, *argv: str, level: str = "O0") -> str:
     """The standard output of a Python program that compiles for TPUs; a child, because libtpu looks for one at start.
 
-    At "O0" the compiler takes a seventh of the time. What is sent is the same, within 5% of each kind and axis of test_promises.py; temporaries
-    may be three times as large, so a bound on bytes is held at "O2", the default; the order of what remat policies keep is the same at both.
+    At "O0" the compiler takes a seventh of the time. What is sent was the same in three layouts of test_promises.py (fsdp, fsdp x tensor, two
+    slices), within 5% of each kind and axis; temporaries may be three times as large, so a bound on them is held at "O2", the default.
     """
     return child_python(code, *argv, env=os.environ | TPU | {"JAX_OPTIMIZATION_LEVEL": level}, timeout=900)
 

@@ -37,15 +37,14 @@ def test_every_recipe_resolves_and_says_what_it_measured(name, monkeypatch):
     assert "bigflax train" in text
 
 
-@pytest.mark.parametrize("variant, numbers", [("mnist", 100_000), ("mnist:robust", 100_000), ("mnist:fashion", 350_000)])
+@pytest.mark.parametrize("variant, numbers", [("mnist", 100_000), ("mnist:fashion", 350_000)])
 def test_the_small_network_stays_small(variant, numbers):
     """Its numbers, running statistics included, for images that are augmented whole."""
     config = recipes.resolve(recipes.load(variant))
     said = {name: value for name, value in config.model.items() if name not in ("size", "source")}
     model = models.create(**{**said, "image_size": 28, "num_channels": 1})
     assert 0.7 * numbers < trees.count(model.shapes()) < numbers
-    assert variant == "mnist:robust" or create("image", config.data.augment).said
-    assert config.data.min_area == config.data.central == 1
+    assert create("image", config.data.augment).said and config.data.min_area == config.data.central == 1
 
 
 def script(name):
