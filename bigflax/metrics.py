@@ -252,28 +252,26 @@ def memory_bytes(devices: Sequence[Any] | None = None) -> int:
 class Meter:
     """Turns the clock of an interval into rates.
 
-    `flops_per_step` and `tokens_per_step` are those of the global batch, `peak_flops` of all devices together, `total_steps` the end of
-    the run. What is not given is not reported.
+    `flops_per_step` are those of the global batch, `peak_flops` of all devices together, `total_steps` the end of the run; `counts` says what the loss is a
+    mean over. What is not given is not reported.
     """
 
-    tokens_per_step: float | None = None
+    counts: str = "tokens"
     flops_per_step: float | None = None
     peak_flops: float | None = None
     total_steps: int | None = None
 
     def record(
-        self, steps: int, seconds: float, stall: float = 0.0, *, step: int | None = None, tokens: float | None = None
+        self, steps: int, seconds: float, stall: float = 0.0, *, step: int | None = None, counted: float | None = None
     ) -> dict[str, float]:
         """The rates of `steps` steps that took `seconds`, of which `stall` were spent waiting for data.
 
-        `tokens` counted in the interval go before `tokens_per_step`; `step`, the number of the last one, gives the time left.
+        `counted` are the tokens or examples of all of them; `step`, the number of the last one, gives the time left.
         """
         seconds = max(seconds, 1e-9)
         out = {"step_time": seconds / max(steps, 1)}
-        if tokens is None and self.tokens_per_step is not None:
-            tokens = self.tokens_per_step * steps
-        if tokens is not None:
-            out["tokens_per_second"] = tokens / seconds
+        if counted is not None:
+            out[f"{self.counts}_per_second"] = counted / seconds
         if self.flops_per_step and self.peak_flops:
             out["mfu"] = self.flops_per_step * steps / seconds / self.peak_flops
         out["data_stall"] = min(1.0, stall / seconds)

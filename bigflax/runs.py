@@ -443,6 +443,7 @@ def train_run(
             flops_per_step=train.model_flops(run.loss_of(attack=None), run.shapes, loader.spec),
             peak_flops=chips.peak_flops(),
             total_steps=run.steps,
+            counts=tasks.find(config.task.name).counts,
         )
         measure = run.evaluator()
         writers = open_writers(config.work, total_steps=run.steps, step=at or 0, enabled=first)

@@ -342,23 +342,28 @@ def low_precision(loss_fn: LossFn, rules: trees.Rules, axes: Any) -> LossFn:
 
 class Task(NamedTuple):
     """`loss(model, **options)`; `kinds` of data by the model's input, where it is not the usual one (data.KINDS); the `head` that the model gets
-    where the recipe names none; `asks(model, batch)`, what `generate` is given to write what `labels` say, where an evaluation may score it."""
+    where the recipe names none; `asks(model, batch)`, what `generate` is given to write what `labels` say, where an evaluation may score it; `counts`, what
+    its loss is a mean over, which a run's rate is told in."""
 
     loss: Callable[..., LossFn]
     kinds: Mapping[str, data.Kind] = {}
     head: str | None = None
     asks: Callable[[Model, Any], dict[str, Any]] | None = None
+    counts: str = "examples"
 
 
 SCORES = "sequence_classification"
 TASKS = {
-    "causal_lm": Task(token_loss),
-    "masked_lm": Task(token_loss),
+    "causal_lm": Task(token_loss, counts="tokens"),
+    "masked_lm": Task(token_loss, counts="tokens"),
     "classification": Task(classification, {"input_ids": data.reading(data.labelled, data.labelled_shapes)}, SCORES),
     "multi_label": Task(multi_label, {"input_ids": data.reading(data.many_labelled, data.many_labelled_shapes)}, SCORES),
     "regression": Task(regression, {"input_ids": data.reading(data.scored, data.scored_shapes, classes=1)}, SCORES),
     "token_classification": Task(
-        token_classification, {"input_ids": data.reading(data.tagged, data.tagged_shapes, classes=data.find_tags)}, "token_classification"
+        token_classification,
+        {"input_ids": data.reading(data.tagged, data.tagged_shapes, classes=data.find_tags)},
+        "token_classification",
+        counts="tokens",
     ),
     "question_answering": Task(question_answering, {"input_ids": data.reading(data.answered, data.answered_shapes)}, "question_answering"),
     "sentence_embedding": Task(sentence_embedding, {"input_ids": data.reading(data.paired, data.paired_shapes)}, "embedding"),
@@ -366,9 +371,11 @@ TASKS = {
         contrastive,
         {"input_ids": data.reading(data.captioned, data.captioned_shapes, follows=("eos_token_id", "image_size", "num_channels"))},
     ),
-    "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read),
-    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", begun),
-    "chat": Task(token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm"),
+    "seq2seq": Task(seq2seq, {"input_ids": data.reading(data.translated, data.translated_shapes)}, "seq2seq_lm", read, "tokens"),
+    "speech": Task(speech, {"input_features": data.reading(data.transcribed, data.transcribed_shapes)}, "seq2seq_lm", begun, "tokens"),
+    "chat": Task(
+        token_loss, {"input_ids": data.reading(data.chat, data.chat_shapes, packed=True, prompt=data.asked)}, "causal_lm", counts="tokens"
+    ),
     "dpo": Task(preference.dpo, {"input_ids": data.reading(preference.compared, preference.compared_shapes)}),
     "reward": Task(preference.reward, {"input_ids": data.reading(preference.pairs, preference.pair_shapes, classes=1)}, SCORES),
 }

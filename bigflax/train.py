@@ -327,7 +327,7 @@ class Interval:
         """Means and rates of the interval, the loss first; begins the next."""
         sums, now = combine(self.metrics), time.perf_counter()
         steps, counted = len(self.metrics), sums["loss"].count
-        rates = self.meter.record(steps, now - self.began, self.stall, step=at, tokens=counted if counted > steps else None)
+        rates = self.meter.record(steps, now - self.began, self.stall, step=at, counted=counted if counted > steps else None)
         self.metrics, self.stall, self.began = [], 0.0, now
         return {"loss": sums["loss"].value, **as_floats(sums), **rates}
 

@@ -43,13 +43,14 @@ FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {  # record key -> its 
     "lr": ("lr", "{:.2e}".format),
     "learning_rate": ("lr", "{:.2e}".format),
     "tokens_per_second": ("tokens/s", human),
+    "examples_per_second": ("examples/s", human),
     "mfu": ("mfu", "{:.1%}".format),
     "step_time": ("step", lambda s: f"{s * 1e3:.3g}ms" if s < 1 else f"{s:.3g}s"),
     "data_stall": ("stall", "{:.1%}".format),
     "memory": ("mem", lambda b: human(b, "B", 1024)),
     "eta": ("eta", duration),
 }
-TIMING = ("tokens_per_second", "mfu", "step_time", "data_stall", "memory", "eta")  # last on the line, in this order
+TIMING = ("tokens_per_second", "examples_per_second", "mfu", "step_time", "data_stall", "memory", "eta")  # last on the line, in this order
 
 
 def line(step: int, values: Mapping[str, float], total_steps: int | None = None) -> str:

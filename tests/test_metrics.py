@@ -179,8 +179,8 @@ def test_combine_counts_scalars_once_a_step_and_keys_where_they_are():
 
 RATES = {  # what is known -> what is reported of 10 steps in 2 s, 0.5 s of them waiting, at step 40
     "nothing": (Meter(), {}, {"step_time": 0.2, "data_stall": 0.25}),
-    "tokens": (Meter(tokens_per_step=100), {}, {"tokens_per_second": 500}),
-    "counted tokens go first": (Meter(tokens_per_step=100), {"tokens": 600}, {"tokens_per_second": 300}),
+    "tokens": (Meter(), {"counted": 600}, {"tokens_per_second": 300}),
+    "examples": (Meter(counts="examples"), {"counted": 600}, {"examples_per_second": 300}),
     "flops": (Meter(flops_per_step=3e9, peak_flops=1e11), {}, {"mfu": 0.15}),
     "end": (Meter(total_steps=100), {"step": 40}, {"eta": 12.0}),
     "past the end": (Meter(total_steps=30), {"step": 40}, {"eta": 0.0}),

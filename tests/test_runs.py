@@ -14,7 +14,7 @@ from running import arguments, final, history, make_photo_recipe, steps_on_disk
 from bigflax import data, recipes, runs, sharding, summaries, trees, writers
 from bigflax.checkpoint import Checkpoints
 from bigflax.main import main
-from bigflax.writers import open_writers
+from bigflax.writers import open_writers, read_jsonl
 
 
 def test_held_out_rows_are_full(tmp_path):
@@ -151,3 +151,5 @@ def test_batch_norm_moves_with_a_recipe(tmp_path, one_device):
         weights = checkpoints.restore(run.state_like()).state.weights
     counts = {name: int(leaf) for name, leaf in trees.named_leaves(weights) if name.endswith("count")}
     assert counts == {"stem/0/norm/count": 6, "stem/2/norm/count": 6}
+    record = next(record for record in read_jsonl(tmp_path / "work" / "metrics.jsonl") if "loss" in record)
+    assert record["examples_per_second"] == pytest.approx(16 / record["step_time"]) and "tokens_per_second" not in record
