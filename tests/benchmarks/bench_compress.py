@@ -67,7 +67,7 @@ def taken(found: exports.Trained, chain: list[dict], name: str, args: argparse.N
 def compare(title: str, rows: dict[str, list[dict]], found: exports.Trained, args: argparse.Namespace) -> None:
     made, plain = [], None
     for label, chain in rows.items():
-        seeds = range(args.seeds) if chain[-1]["do"] == "recover" else [None]
+        seeds = range(args.seeds) if chain[-1]["do"] in ("recover", "qat") else [None]
         reports = [taken(found, chain, f"{title}-{label}-{seed or 0}", args, seed) for seed in seeds]
         first, last = reports[0].rows[0], [report.rows[-1] for report in reports]
         start, scores = score(reports[0], first), [score(report, report.rows[-1]) for report in reports]
