@@ -128,8 +128,8 @@ def _described(name: str, w: Any, dtype: Any, items: list[Item]) -> dict[str, An
     if w is None:
         return None
     if weights.is_typed(w):
-        if isinstance(w, weights.Perturbed):
-            raise ValueError(f"{name} is a Perturbed, which belongs to one batch and is not saved; save its base")
+        if isinstance(w, weights.Perturbed | weights.Paired):
+            raise ValueError(f"{name} is a {type(w).__name__}, which belongs to one batch and is not saved; save its base")
         if isinstance(w, weights.Observed):
             raise ValueError(f"{name} is an Observed, which looks at one pass and is not saved; save its base")
         parts = _parts(w)

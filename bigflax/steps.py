@@ -149,7 +149,7 @@ class Verb(NamedTuple):
         said = matrices(link.model, to) if rules is None else rules
         method = options.setdefault("method", self.method)
         if self.budget is not None and limit:
-            said = self.budget.rules(link, params, said, limit, options)
+            said = self.budget.rules(link, params, said, limit, {name: value for name, value in options.items() if name != "correct"})
         made = self.call(link.model, params, said, **data, **options)
         if link.ahead and self.methods[method].inverts:
             (model, began), names = link.start, {name for name, _ in named_weights(link.start[1])}
@@ -176,7 +176,8 @@ class Verb(NamedTuple):
         for value in [*said, tables]:
             if value is not None:
                 self.read(value)
-        small.method_of(self.methods, method or self.method, {name: value for name, value in options.items() if name != "rows"})
+        correct = options.pop("correct", False)
+        small.method_of(self.methods, method or self.method, {name: value for name, value in options.items() if name != "rows"}, correct)
 
 
 def recover(

@@ -7,6 +7,7 @@
 
 `forward(params, batch)` is a call of the model or a loss, `batches` what is streamed through it (observing.py says how). Rules are ordered (regex, value)
 over the names of weights, first match wins, None leaves a weight as it is. A method is a function of one matrix, and a row of a table.
+A method that looks at what goes into the matrices may first `correct` each for what was lost before it (observing.py): the best that layer by layer can do.
 A mixture's experts are matrices like others, each by the tokens that are sent to it (observing.py says what of those that were sent few).
 Of params that are shapes (jax.ShapeDtypeStruct) each verb gives the shapes of what it would make, with all checks and without data. Values for each matrix
 out of one budget for all: budget.py.
@@ -59,7 +60,7 @@ FACTORIZE: Mapping[str, Method] = {
 
 def quantize(
     model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "rtn", forward: Forward | None = None,
-    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+    batches: Iterable[Any] | None = None, rows: int = 8, correct: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The params with what the rules match in the format that they say, "int4:128" (quantizing.py), by a method of QUANTIZE with its options.
 
@@ -79,7 +80,7 @@ def quantize(
             raise ValueError(f"a {type(w).__name__} cannot be quantized; arrays, LowRank, Sparse and Masked can")
         return make(w, value, axes=axes, seen=seen, **options)
 
-    return matrixwise(QUANTIZE, over, quantizing.read_format, model, params, rules, method, forward, batches, rows, options)
+    return matrixwise(QUANTIZE, over, quantizing.read_format, model, params, rules, method, forward, batches, rows, options, correct)
 
 
 def _arrays(what: str) -> Callable[..., Weight]:
@@ -93,28 +94,31 @@ def _arrays(what: str) -> Callable[..., Weight]:
 
 def prune(
     model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "wanda", forward: Forward | None = None,
-    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+    batches: Iterable[Any] | None = None, rows: int = 8, correct: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The params with a Masked in the place of each matrix that the rules match, of the pattern that they say, "50%" or "2:4" (pruning.py), by a method of
     PRUNE. Raises as `quantize` does."""
-    return matrixwise(PRUNE, _arrays("pruned"), pruning.read_pattern, model, params, rules, method, forward, batches, rows, options)
+    return matrixwise(
+        PRUNE, _arrays("pruned"), pruning.read_pattern, model, params, rules, method, forward, batches, rows, options, correct
+    )
 
 
 def factorize(
     model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "whitened", forward: Forward | None = None,
-    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+    batches: Iterable[Any] | None = None, rows: int = 8, correct: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The params with a LowRank in the place of each matrix that the rules match, of the share of numbers or the rank that they say (factoring.py), by a method
     of FACTORIZE. Raises as `quantize` does."""
-    return matrixwise(FACTORIZE, _arrays("factorized"), factoring.read_share, model, params, rules, method, forward, batches, rows, options)
+    read = factoring.read_share
+    return matrixwise(FACTORIZE, _arrays("factorized"), read, model, params, rules, method, forward, batches, rows, options, correct)
 
 
 def matrixwise(
     methods: Mapping[str, Method], over: Callable[..., Weight], read: Callable[[Any], Any], model: nn.Model, params: Any, rules: trees.Rules,
-    method: str, forward: Forward | None, batches: Iterable[Any] | None, rows: int, options: Mapping[str, Any],
+    method: str, forward: Forward | None, batches: Iterable[Any] | None, rows: int, options: Mapping[str, Any], correct: bool = False,
 ) -> Any:  # fmt: skip
     """A method of a table over each matrix that the rules match, layer by layer where it looks at what goes into them."""
-    make, wants, inverts = method_of(methods, method, options)
+    make, wants, inverts = method_of(methods, method, options, correct)
     if wants and not are_shapes(params) and (forward is None or batches is None):
         raise ValueError(f"{method} looks at what goes into the matrices: give forward and batches, or take a method that needs none")
     texts, leaves = dict(trees.named_leaves(model.axes)), dict(named_weights(params))
@@ -139,7 +143,7 @@ def matrixwise(
         if inverts:
             meant = {name: leaves[name] for name in values}
             seen_enough(model, params, meant, method=method, forward=forward, batches=held)
-        return layer_by_layer(forward, params, held, change, list(values), axes=model.axes, wants=wants, rows=rows)
+        return layer_by_layer(forward, params, held, change, list(values), axes=model.axes, wants=wants, rows=rows, correct=correct)
 
     def all_layers(name, w):
         layers = [change(name, layer, None) for layer in layers_of(w, texts[name])]
@@ -148,13 +152,16 @@ def matrixwise(
     return trees.map_named(lambda name, w: all_layers(name, w) if name in values else w, params, is_leaf=is_typed)
 
 
-def method_of(methods: Mapping[str, Method], name: str, options: Mapping[str, Any]) -> Method:
-    """The method of this name. Raises ValueError where there is none, or it does not take these options."""
+def method_of(methods: Mapping[str, Method], name: str, options: Mapping[str, Any], correct: bool = False) -> Method:
+    """The method of this name. Raises ValueError where there is none, it does not take these options, or its matrices cannot be corrected."""
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; {trees.did_you_mean(name, methods, 'there are')}")
     taken = [option for option in inspect.signature(methods[name].make).parameters if option not in ("seen", "axes")][2:]
     if unknown := sorted(options.keys() - {*taken}):
         raise ValueError(f"{name} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'its options are')}")
+    if correct and "hessian" not in methods[name].wants:
+        others = ", ".join(name for name, method in methods.items() if "hessian" in method.wants)
+        raise ValueError(f"{name} does not see what its matrices could be corrected by; leave out correct, or take {others}")
     return methods[name]
 
 

@@ -63,6 +63,14 @@ def prepared(w_KN: Array, hessian_KK: Array, damp: float, order: bool) -> tuple[
     return jnp.linalg.cholesky(inverse, upper=True), order_K, w
 
 
+@jax.jit
+def corrected(w_KN: Array, hessian_KK: Array, cross_KK: Array, damp: float = 0.01) -> Array:
+    """The matrix whose products with what goes in now, x, are nearest to those of `w_KN` with what went in before, y: of X V = Y W the damped least squares,
+    V = W + (X^T X + damp)^-1 (X^T Y - X^T X) W. Where nothing has changed it is W. `damp` is a share of the mean of the hessian's diagonal."""
+    h = hessian_KK + damp * jnp.mean(jnp.diag(hessian_KK)) * jnp.eye(len(hessian_KK))
+    return w_KN + jax.scipy.linalg.solve(h, (cross_KK - hessian_KK) @ w_KN, assume_a="pos")
+
+
 def compensated(
     w_KN: Array, inverse_KK: Array, of_row: Callable[..., tuple[Array, Array, Any]], block: int, begin: Callable[..., Any] = lambda *_: None
 ) -> tuple[Array, Array]:

@@ -16,6 +16,10 @@ and goes on with what comes out: each layer is fitted to inputs as the compresse
 section 4). What is held is the model once, one layer's statistics, the changed weights, and the states between two layers for all batches, on the host.
 It needs layers that are stacked by `nn.stack`; weights elsewhere (embeddings, heads, convolutions' own loops) are what `observe` is for.
 
+`correct` goes further. Each batch passes twice, side by side: through the model as it was and as it is by now (weights.Paired). A layer's matrices are changed
+in the order in which it multiplies by them, and each is first moved to where its products with what goes in now are those of the old model
+(matrices.corrected): what was lost before is made good, as far as a matrix can, and no method knows of it. Two or four times the work.
+
 Left out on purpose: statistics of outputs, and a mixture's own layout on a mesh: while it is observed, XLA lays out its products, and a capacity is that of
 all tokens together.
 Legend: K inputs of a matrix, flat, N outputs, L layers, E experts.
@@ -24,6 +28,7 @@ Legend: K inputs of a matrix, flat, N outputs, L layers, E experts.
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigflax import nn, trees
-from bigflax.ops.observed import counting, reading
-from bigflax.weights import Observed, Seen, Weight, is_typed, named_weights, parse_axes, shape, write_axes
+from bigflax.compress.matrices import as_matrix, as_weight, corrected
+from bigflax.ops.observed import Use, counting, reading
+from bigflax.weights import Observed, Paired, Seen, Weight, is_typed, named_weights, parse_axes, shape, write_axes
 
 Array = jax.Array
 WANTS = ("hessian", "size", "peak", "often")
@@ -45,7 +51,7 @@ def blank(w: Weight, axes: str, wants: Sequence[str]) -> Seen:
     if not ax.contracted:
         raise ValueError(f"a weight with axes {axes!r} has no inputs to observe; compress matrices, not biases and norms")
     stack, K = full[: len(ax.stack)], int(np.prod([full[i] for i in ax.contracted]))
-    sizes = {"hessian": (K, K), "size": (K,), "peak": (K,), "often": (int(np.prod(full[len(stack) :])) // K,)}
+    sizes = {"hessian": (K, K), "cross": (K, K), "size": (K,), "peak": (K,), "often": (int(np.prod(full[len(stack) :])) // K,)}
     return Seen(jnp.zeros(stack), **{name: jnp.zeros((*stack, *sizes[name])) for name in wants})
 
 
@@ -105,7 +111,7 @@ def positions(
     experts those of all together. The forward is traced for each shape of a batch, and neither compiled nor run. Raises ValueError for a matrix that does not
     multiply."""
     texts, leaves, found = dict(trees.named_leaves(axes)), dict(named_weights(params)), dict.fromkeys(names, 0.0)
-    told: dict[str, Mapping[Any, tuple[int, bool]]] = {}
+    told: dict[str, Mapping[Any, Use]] = {}
     for batch in batches:
         mask, like = _mask(batch), str(jax.tree.map(lambda x: (np.shape(x), str(getattr(x, "dtype", ""))), batch))
         if like not in told:
@@ -120,8 +126,8 @@ def positions(
             with counting() as told[like]:
                 jax.eval_shape(traced, params, batch)
         share = 1.0 if mask is None else float(np.mean(np.asarray(mask) > 0))
-        for (name, _), (rows, masked) in told[like].items():
-            found[name] += rows * (share if masked else 1.0)
+        for (name, _), use in told[like].items():
+            found[name] += use.rows * (share if use.masked else 1.0)
     if unseen := sorted(name for name in names if not found[name]):
         raise ValueError(f"nothing went into {unseen[0]} while it was observed; give batches, and a forward that uses it as a matrix")
     return {name: round(many) for name, many in found.items()}
@@ -144,26 +150,36 @@ class _Enough(Exception):
 
 def layer_by_layer(
     forward: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], change: Callable[[str, Weight, Seen], Weight],
-    names: Sequence[str], *, axes: Any, wants: Sequence[str] = ("hessian",), rows: int = 8,
+    names: Sequence[str], *, axes: Any, wants: Sequence[str] = ("hessian",), rows: int = 8, correct: bool = False,
 ) -> Any:  # fmt: skip
     """The params with the named matrices changed, layer after layer, each by what goes into it once those before it are changed; then the matrices of no
     stack of layers, together. `rows` of the batches pass through a layer at once.
 
     `change(name, w, seen)` gets one layer's matrix: its axes are those of the weight without the first. The weights of a stack must come out alike; parts
-    that differ in size (a rank, a number of values) are filled up with zeros."""
+    that differ in size (a rank, a number of values) are filled up with zeros. With `correct` the arrays among the matrices of layers that have weights of their
+    own are corrected before they are changed, which wants the hessian; raises ValueError for a mixture's experts, whose rows are not the same twice."""
     held, texts = [*batches], dict(trees.named_leaves(axes))
     if not held:
         raise ValueError("there are no batches to observe; give some")
-    whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *held)
+    if correct and (experts := [name for name in names if "experts" in parse_axes(texts[name]).stack]):
+        raise ValueError(
+            f"{experts[0]} is of experts, which are sent other tokens once layers before them are changed; leave out correct for them"
+        )
+    whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts] * (1 + correct)), *held)
     left, made = set(names), {}
 
     def walk(path, layer, weights, x, shared, layers, tied):
         inside = {} if tied else {name: name.removeprefix(f"{path}/") for name in names if name.startswith(f"{path}/")}
         fixed = {name: part for name, part in shared.items() if not hasattr(part, "shape")}
-        cut = lambda part, i: part[i : i + rows] if part.ndim and len(part) == len(x) else part
-        pieces = [({name: cut(part, i) for name, part in shared.items() if name not in fixed}) for i in range(0, len(x), rows)]
+        many = len(x) // (1 + correct)
+        taken = [np.concatenate([np.arange(many)[i : i + rows] + half for half in range(0, len(x), many)]) for i in range(0, many, rows)]
+        cut = lambda part, at: part[at] if part.ndim and len(part) == len(x) else part
+        pieces = [({name: cut(part, at) for name, part in shared.items() if name not in fixed}) for at in taken]
         run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
-        xs, said, changed = [np.asarray(x[i : i + rows]) for i in range(0, len(x), rows)], [], []
+        xs, said, changed, turns = [np.asarray(x[at]) for at in taken], [], [], [[*inside]]
+        beside = lambda weights, new: trees.map_named(
+            lambda rel, w: w if rel not in new else Paired(w, new[rel]) if correct else new[rel], weights, is_leaf=is_typed
+        )
 
         @jax.jit
         def look(weights, none, x, given):
@@ -176,12 +192,24 @@ def layer_by_layer(
         for i in range(layers or 1):
             here = weights if layers is None or tied else jax.tree.map(lambda part, i=i: part[i], weights)
             if inside:
-                leaves = dict(named_weights(here))
-                none = {rel: blank(leaves[rel], _one(texts[name], layers), wants) for name, rel in inside.items()}
-                found = (look(here, none, x, given) for x, given in zip(xs, pieces, strict=True))
-                seen = functools.reduce(lambda a, b: {rel: a[rel] + b[rel] for rel in a}, found)
-                changed.append({rel: change(name, leaves[rel], _checked(name, seen[rel])) for name, rel in inside.items()})
-                here = trees.map_named(lambda rel, w: changed[-1].get(rel, w), here, is_leaf=is_typed)
+                leaves, new = dict(named_weights(here)), {}
+                blanks = lambda turn, wants, leaves=leaves: {
+                    inside[name]: blank(leaves[inside[name]], _one(texts[name], layers), wants) for name in turn
+                }
+                if correct and not changed:
+                    turns = _turns(functools.partial(run, x=xs[0], given=pieces[0]), here, blanks(inside, ()), inside)
+                for turn in turns:
+                    none, now = blanks(turn, (*wants, "cross") if correct else wants), beside(here, new)
+                    found = (look(now, none, x, given) for x, given in zip(xs, pieces, strict=True))
+                    seen = functools.reduce(lambda a, b: {rel: a[rel] + b[rel] for rel in a}, found)
+                    for name in turn:
+                        w, its = leaves[rel := inside[name]], _checked(name, seen[rel])
+                        if correct and not is_typed(w):
+                            one = _one(texts[name], layers)
+                            w = as_weight(corrected(as_matrix(w, one), its.hessian, its.cross), one, w.shape, w.dtype)
+                        new[rel] = change(name, w, dataclasses.replace(its, cross=None))
+                changed.append(new)
+                here = beside(here, new)
             outs = [run(here, x, given) for x, given in zip(xs, pieces, strict=True)]
             xs = [np.asarray(x) for x, _ in outs]
             said.append(jax.tree.map(lambda *parts: sum(parts), *[seen for _, seen in outs]))
@@ -190,7 +218,10 @@ def layer_by_layer(
         left.difference_update(inside)
         if not any("layers" in parse_axes(texts[name]).stack for name in left):
             raise _Enough
-        return jnp.concatenate(xs), said[0] if layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *said)
+        halves = zip(*(np.split(x, 1 + correct) for x in xs), strict=True)
+        return jnp.concatenate([x for half in halves for x in half]), said[0] if layers is None else jax.tree.map(
+            lambda *parts: jnp.stack(parts), *said
+        )
 
     with nn.walking(walk), contextlib.suppress(_Enough):
         forward(params, whole)
@@ -199,6 +230,16 @@ def layer_by_layer(
         seen = observe(forward, params, held, sorted(left), axes=axes, wants=wants)
         params = trees.map_named(lambda name, w: change(name, w, seen[name]) if name in left else w, params, is_leaf=is_typed)
     return params
+
+
+def _turns(run: Callable[[Any], Any], weights: Any, blanks: Mapping[str, Seen], inside: Mapping[str, str]) -> list[list[str]]:
+    """The names of a layer's matrices in the order in which it multiplies by them, those together that are multiplied with the same array."""
+    watch = lambda rel, w: Observed(w, blanks[rel], rel) if rel in blanks else w
+    with counting() as uses:
+        jax.eval_shape(lambda weights: run(weights), trees.map_named(watch, weights, is_leaf=is_typed))
+    named = {rel: name for name, rel in inside.items()}
+    found = [[named[rel] for rel, _ in same] for _, same in itertools.groupby(uses.items(), lambda use: id(use[1].given))]
+    return [*found, *([name] for rel, name in named.items() if rel not in uses)]
 
 
 def _one(axes: str, layers: int | None) -> str:

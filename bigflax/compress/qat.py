@@ -68,7 +68,7 @@ METHODS: Mapping[str, Method] = {**{name: QUANTIZE[name] for name in ("rtn", "gp
 
 def learned(
     model: nn.Model, params: Any, rules: trees.Rules, *, method: str = "rtn", forward: Forward | None = None,
-    batches: Iterable[Any] | None = None, rows: int = 8, **options: Any,
+    batches: Iterable[Any] | None = None, rows: int = 8, correct: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The params with a Learned in the place of each matrix that the rules match, of the format that they say, "int4:128", which begins as a method of METHODS
     quantizes it; where that scales or rotates the inputs, within a Scaled or a Rotated.
@@ -80,7 +80,7 @@ def learned(
             raise ValueError(f"a {type(w).__name__} cannot learn to be rounded; arrays can: train them before other steps, or quantize it")
         return begun(make(w, value, axes=axes, seen=seen), w)
 
-    return matrixwise(METHODS, over, read_whole, model, params, rules, method, forward, batches, rows, options)
+    return matrixwise(METHODS, over, read_whole, model, params, rules, method, forward, batches, rows, options, correct)
 
 
 def begun(made: Weight, w: Array) -> Weight:

@@ -41,6 +41,7 @@ and what compression leaves (compressed.py, by compress/):
     Rotated(base, signs)       w = R^T base                              R an orthogonal matrix that spreads what is large
     W8A8(base)                 w = base, whose products round to int8 what they multiply
     Observed(base, seen)       w = base, while somebody looks at what it is multiplied with: never saved, never trained
+    Paired(first, second)      one for each half of a batch, while a model and what is made of it are compared: never saved, never trained
 """
 
 from bigflax.weights.adapted import (
@@ -77,11 +78,11 @@ from bigflax.weights.laws import (
     typed,
 )
 from bigflax.weights.narrow import KINDS, Learned, Quantized, Rounded, coded, quantize, rounded
-from bigflax.weights.observed import Observed, Seen
+from bigflax.weights.observed import Observed, Paired, Seen
 
 __all__ = [
     "IA3", "KINDS", "TYPES", "VECTORS", "W8A8", "Adapted", "Adapter", "Array", "Axes", "DoRA", "Learned", "LoRA", "LowRank", "Masked", "Moving",
-    "Observed", "Perturbed", "Prompted", "Quantized", "Rotated", "Rounded", "Scaled", "Seen", "Sparse", "Weight", "adapter", "can_train", "coded",
+    "Observed", "Paired", "Perturbed", "Prompted", "Quantized", "Rotated", "Rounded", "Scaled", "Seen", "Sparse", "Weight", "adapter", "can_train", "coded",
     "dense", "dora", "hadamard", "ia3", "input_axis", "is_typed", "lora", "named_weights", "parse_axes", "part_axes", "parts", "prompted", "quantize",
     "rotated", "rounded", "rows", "shape", "sparse", "trainable", "trains", "typed", "write_axes",
 ]  # fmt: skip

@@ -24,11 +24,12 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     """Chains by the name of their table, the plainest first."""
     recover = dict(do="recover", steps=args.steps, lr=args.lr, weight=args.weight)
     quantize = lambda to, method, **more: [dict(do="quantize", to=to, method=method, **more)]
-    prune = lambda to, method: [dict(do="prune", to=to, method=method)]
-    factorize = lambda method: [dict(do="factorize", to=args.share, method=method)]
+    prune = lambda to, method, **more: [dict(do="prune", to=to, method=method, **more)]
+    factorize = lambda method, **more: [dict(do="factorize", to=args.share, method=method, **more)]
     zeros = lambda to: {
         **{method: prune(to, method) for method in ("magnitude", "wanda", "sparsegpt", "alps")},
-        "alps, recovered": [*prune(to, "alps"), recover],
+        **{f"{method}, corrected": prune(to, method, correct=True) for method in ("wanda", "sparsegpt", "alps")},
+        "alps, corrected, recovered": [*prune(to, "alps", correct=True), recover],
     }
     half = [dict(do="layers", keep=0.5, by=args.by)]
     student = dict(do="recover", steps=args.student_steps, lr=args.student_lr, temperature=args.temperature)
@@ -37,13 +38,15 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
         "int4": {
             "to the largest": quantize(args.int4, "rtn", clip=False),
             **{method: quantize(args.int4, method) for method in ("rtn", "awq", "hadamard", "gptq")},
+            **{f"{method}, corrected": quantize(args.int4, method, correct=True) for method in ("awq", "hadamard", "gptq")},
             "qat": [dict(do="qat", to=args.int4, steps=args.steps)],
         },
         "50%": zeros("50%"),
         "2:4": zeros("2:4"),
         "low rank": {
             **{method: factorize(method) for method in ("svd", "asvd", "whitened")},
-            "whitened, recovered": [*factorize("whitened"), recover],
+            "whitened, corrected": factorize("whitened", correct=True),
+            "whitened, corrected, recovered": [*factorize("whitened", correct=True), recover],
         },
         "half": {"cut": half, "alone": [*half, dict(student, weight=0.0)], "taught": [*half, dict(student, weight=args.weight)]},
     }  # fmt: skip
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--int4", default="int4:128")
     parser.add_argument("--share", type=float, default=0.8, help="of the numbers that low rank leaves")
     parser.add_argument("--steps", type=int, default=200, help="of recovery")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of recovery")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of recovery")
     parser.add_argument("--weight", type=float, default=0.9, help="of the teacher, in recovery and for students")
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--by", default="influence", help="how the half of the layers is chosen")
