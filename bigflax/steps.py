@@ -11,6 +11,8 @@
                  recover does, weights and their scales, through the rounding (compress/qat.py)       those of recover
     pack         zeros and their places leave the memory (compress.packed)
 
+`correct=True` of quantize, prune and factorize: a method that looks at what goes into a matrix first makes good there what was lost before it.
+
 A budget for all matrices together: quantize takes several formats, `to=["int3:32", "int4:32", "int8"]`, and `within="4.5 bits"` or "12 MiB"; factorize with
 `spread=True` has the numbers that it leaves where they lose least (compress/budget.py). What was chosen is said, and stands in the row of the report.
 

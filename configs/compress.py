@@ -54,15 +54,15 @@ CHAINS = {
     "int8": [dict(do="quantize", to="int8", tables="int8")],
     "int8-w8a8": [dict(do="quantize", to="int8", tables="int8", method="smoothquant")],
     "int4": [dict(do="quantize", to=INT4, tables="int8")],
-    "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq")],
-    "int4-rotated": [dict(do="quantize", to=INT4, tables="int8", method="hadamard")],
-    "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq")],
-    "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq")],
+    "int4-gptq": [dict(do="quantize", to=INT4, tables="int8", method="gptq", correct=True)],
+    "int4-rotated": [dict(do="quantize", to=INT4, tables="int8", method="hadamard", correct=True)],
+    "int4-awq": [dict(do="quantize", to=INT4, tables="int8", method="awq", correct=True)],
+    "mixed": [dict(do="quantize", to=["int3:32", "int4:32", "int8"], within="5 bits", tables="int8", method="gptq", correct=True)],
     "int4-qat": [dict(do="qat", to=INT4, tables="int8", steps=300)],
-    "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq")],
-    "half": [dict(do="prune", to="50%", method="alps"), dict(do="recover", steps=200), dict(do="pack")],
+    "nf4": [dict(do="quantize", to="nf4:32", tables="int8", method="gptq", correct=True)],
+    "half": [dict(do="prune", to="50%", method="alps", correct=True), dict(do="recover", steps=200), dict(do="pack")],
     "2:4-int8": [
-        dict(do="prune", to="2:4", method="alps"),
+        dict(do="prune", to="2:4", method="alps", correct=True),
         dict(do="recover", steps=200),
         dict(do="pack"),
         dict(do="quantize", to="int8", tables="int8"),
@@ -71,11 +71,15 @@ CHAINS = {
     "half-depth-int8": [dict(do="layers", keep=0.5), dict(do="recover", steps=500), dict(do="quantize", to="int8", tables="int8")],
     "small-tables": [dict(do="factorize", tables=0.5, method="frequency"), dict(do="recover", steps=200)],
     "low-rank-budget": [
-        dict(do="factorize", to=0.8, spread=True, method="whitened"),
+        dict(do="factorize", to=0.8, spread=True, method="whitened", correct=True),
         dict(do="recover", steps=200),
         dict(do="quantize", to="int8", tables="int8"),
     ],
-    "low-rank-int8": [dict(do="factorize", to=0.8), dict(do="recover", steps=200), dict(do="quantize", to="int8", tables="int8")],
+    "low-rank-int8": [
+        dict(do="factorize", to=0.8, method="whitened", correct=True),
+        dict(do="recover", steps=200),
+        dict(do="quantize", to="int8", tables="int8"),
+    ],
 }
 
 

@@ -18,7 +18,8 @@ It needs layers that are stacked by `nn.stack`; weights elsewhere (embeddings, h
 
 `correct` goes further. Each batch passes twice, side by side: through the model as it was and as it is by now (weights.Paired). A layer's matrices are changed
 in the order in which it multiplies by them, and each is first moved to where its products with what goes in now are those of the old model
-(matrices.corrected): what was lost before is made good, as far as a matrix can, and no method knows of it. Two or four times the work.
+(matrices.corrected): what was lost before is made good, as far as a matrix can, and no method knows of it. Li et al. 2025 (2504.02692) have the model's two
+streams for GPTQ; here they serve every method, and each matrix in its turn. Two to four times the work.
 
 Left out on purpose: statistics of outputs, and a mixture's own layout on a mesh: while it is observed, XLA lays out its products, and a capacity is that of
 all tokens together.
@@ -74,6 +75,10 @@ def _sum(out: Any) -> Array:
     """What all floats of an output depend on."""
     leaves = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves), jnp.zeros(()))
+
+
+def _with(params: Any, new: Mapping[str, Weight]) -> Any:
+    return trees.map_named(lambda name, w: new.get(name, w), params, is_leaf=is_typed)
 
 
 def _put(params: Any, seen: Mapping[str, Seen]) -> Any:
@@ -157,29 +162,26 @@ def layer_by_layer(
 
     `change(name, w, seen)` gets one layer's matrix: its axes are those of the weight without the first. The weights of a stack must come out alike; parts
     that differ in size (a rank, a number of values) are filled up with zeros. With `correct` the arrays among the matrices of layers that have weights of their
-    own are corrected before they are changed, which wants the hessian; raises ValueError for a mixture's experts, whose rows are not the same twice."""
+    own are corrected before they are changed, which wants the hessian, but for a mixture's experts, who are not sent the same rows twice."""
     held, texts = [*batches], dict(trees.named_leaves(axes))
     if not held:
         raise ValueError("there are no batches to observe; give some")
-    if correct and (experts := [name for name in names if "experts" in parse_axes(texts[name]).stack]):
-        raise ValueError(
-            f"{experts[0]} is of experts, which are sent other tokens once layers before them are changed; leave out correct for them"
-        )
     whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts] * (1 + correct)), *held)
     left, made = set(names), {}
 
     def walk(path, layer, weights, x, shared, layers, tied):
         inside = {} if tied else {name: name.removeprefix(f"{path}/") for name in names if name.startswith(f"{path}/")}
+        one = {name: _one(texts[name], layers) for name in inside}
+        experts = {name for name in inside if "experts" in parse_axes(one[name]).stack}
         fixed = {name: part for name, part in shared.items() if not hasattr(part, "shape")}
         many = len(x) // (1 + correct)
-        taken = [np.concatenate([np.arange(many)[i : i + rows] + half for half in range(0, len(x), many)]) for i in range(0, many, rows)]
         cut = lambda part, at: part[at] if part.ndim and len(part) == len(x) else part
-        pieces = [({name: cut(part, at) for name, part in shared.items() if name not in fixed}) for at in taken]
+        pick = lambda at: {name: cut(part, at) for name, part in shared.items() if name not in fixed}
+        taken = [[np.arange(i, min(i + rows, many)) + half for i in range(0, many, rows)] for half in range(0, len(x), many)]
+        streams = [[(np.asarray(x[at]), pick(at)) for at in each] for each in taken]  # of the old model and the new, or of the new alone
+        beside = [pick(np.concatenate(both)) for both in zip(*taken, strict=True)]
         run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
-        xs, said, changed, turns = [np.asarray(x[at]) for at in taken], [], [], [[*inside]]
-        beside = lambda weights, new: trees.map_named(
-            lambda rel, w: w if rel not in new else Paired(w, new[rel]) if correct else new[rel], weights, is_leaf=is_typed
-        )
+        said, changed, turns = [], [], [[*inside]]
 
         @jax.jit
         def look(weights, none, x, given):
@@ -191,41 +193,40 @@ def layer_by_layer(
 
         for i in range(layers or 1):
             here = weights if layers is None or tied else jax.tree.map(lambda part, i=i: part[i], weights)
-            if inside:
-                leaves, new = dict(named_weights(here)), {}
-                blanks = lambda turn, wants, leaves=leaves: {
-                    inside[name]: blank(leaves[inside[name]], _one(texts[name], layers), wants) for name in turn
-                }
-                if correct and not changed:
-                    turns = _turns(functools.partial(run, x=xs[0], given=pieces[0]), here, blanks(inside, ()), inside)
-                for turn in turns:
-                    none, now = blanks(turn, (*wants, "cross") if correct else wants), beside(here, new)
-                    found = (look(now, none, x, given) for x, given in zip(xs, pieces, strict=True))
-                    seen = functools.reduce(lambda a, b: {rel: a[rel] + b[rel] for rel in a}, found)
-                    for name in turn:
-                        w, its = leaves[rel := inside[name]], _checked(name, seen[rel])
-                        if correct and not is_typed(w):
-                            one = _one(texts[name], layers)
-                            w = as_weight(corrected(as_matrix(w, one), its.hessian, its.cross), one, w.shape, w.dtype)
-                        new[rel] = change(name, w, dataclasses.replace(its, cross=None))
-                changed.append(new)
-                here = beside(here, new)
-            outs = [run(here, x, given) for x, given in zip(xs, pieces, strict=True)]
-            xs = [np.asarray(x) for x, _ in outs]
+            leaves, new = dict(named_weights(here)), {}
+            blanks = lambda turn, wants, leaves=leaves: {inside[name]: blank(leaves[inside[name]], one[name], wants) for name in turn}
+            if correct and inside and not changed:
+                turns = _turns(lambda weights: run(weights, *streams[1][0]), here, blanks(inside, ()), inside)
+            for turn in turns if inside else []:
+                paired = correct and not experts & {*turn}
+                if paired:  # experts of this layer are of no account to what stands beside them
+                    pairs = {rel: Paired(leaves[rel], w) for rel, w in new.items() if rel not in {inside[name] for name in experts}}
+                    fed = [(np.concatenate([old, x]), given) for (old, _), (x, _), given in zip(*streams, beside, strict=True)]
+                    now, none = _with(here, pairs), blanks(turn, (*wants, "cross"))
+                else:
+                    fed, now, none = streams[-1], _with(here, new), blanks(turn, wants)
+                seen = functools.reduce(lambda a, b: {rel: a[rel] + b[rel] for rel in a}, (look(now, none, x, given) for x, given in fed))
+                for name in turn:
+                    w, its = leaves[rel := inside[name]], _checked(name, seen[rel])
+                    if paired and not is_typed(w):
+                        w = as_weight(corrected(as_matrix(w, one[name]), its.hessian, its.cross), one[name], w.shape, w.dtype)
+                    new[rel] = change(name, w, dataclasses.replace(its, cross=None))
+            changed.append(new)
+            for stream, its in zip(streams, (here, _with(here, new))[-len(streams) :], strict=True):
+                outs = [run(its, x, given) for x, given in stream]
+                stream[:] = [(np.asarray(x), given) for (x, _), (_, given) in zip(outs, stream, strict=True)]
             said.append(jax.tree.map(lambda *parts: sum(parts), *[seen for _, seen in outs]))
         for name, rel in inside.items():
             made[name] = changed[0][rel] if layers is None else stacked([new.pop(rel) for new in changed])  # each is held twice alone
         left.difference_update(inside)
         if not any("layers" in parse_axes(texts[name]).stack for name in left):
             raise _Enough
-        halves = zip(*(np.split(x, 1 + correct) for x in xs), strict=True)
-        return jnp.concatenate([x for half in halves for x in half]), said[0] if layers is None else jax.tree.map(
-            lambda *parts: jnp.stack(parts), *said
-        )
+        xs = jnp.concatenate([x for stream in streams for x, _ in stream])
+        return xs, said[0] if layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
     with nn.walking(walk), contextlib.suppress(_Enough):
         forward(params, whole)
-    params = trees.map_named(lambda name, w: made.get(name, w), params, is_leaf=is_typed)
+    params = _with(params, made)
     if left:
         seen = observe(forward, params, held, sorted(left), axes=axes, wants=wants)
         params = trees.map_named(lambda name, w: change(name, w, seen[name]) if name in left else w, params, is_leaf=is_typed)

@@ -41,14 +41,20 @@ def case():
 def test_looking_at_what_goes_in_pays_on_a_whole_model(case):
     """Each line errs less than the one before it on the logits: the ratios that were measured, with a third to spare."""
     model, params, forward, batches = case
-    made = lambda verb, to, method: off(
-        forward, params, verb(model, params, [(EVERY, to)], method=method, forward=forward, batches=batches), batches[0]
+    made = lambda verb, to, method, **more: off(
+        forward, params, verb(model, params, [(EVERY, to)], method=method, forward=forward, batches=batches, **more), batches[0]
     )
     assert made(compress.quantize, "int4:32", "gptq") < 0.8 * made(compress.quantize, "int4:32", "rtn")
     assert made(compress.quantize, "int4:32", "awq") < made(compress.quantize, "int4:32", "rtn")
     plain, seen, moved = (made(compress.prune, "50%", method) for method in ("magnitude", "wanda", "sparsegpt"))
     assert moved < 0.9 * seen < 0.9 * plain
     assert made(compress.factorize, 0.5, "whitened") < 0.75 * made(compress.factorize, 0.5, "svd")
+    for verb, to, method in (
+        (compress.quantize, "int4:32", "awq"),
+        (compress.prune, "50%", "wanda"),
+        (compress.factorize, 0.5, "whitened"),
+    ):
+        assert made(verb, to, method, correct=True) < 0.8 * made(verb, to, method)
 
 
 def half_and_codes(case):
@@ -111,6 +117,9 @@ def test_calibration_never_holds_two_float_copies():
 
 MISTAKES = {
     "a method": (lambda m, p, f, b: compress.quantize(m, p, [(EVERY, "int4")], method="gptk"), "'gptk'.*'gptq'"),
+    "nothing to correct by": (
+        lambda m, p, f, b: compress.quantize(m, p, [(EVERY, "int4")], correct=True), "leave out correct, or take gptq, awq, hadamard"
+    ),
     "no batches": (lambda m, p, f, b: compress.quantize(m, p, [(EVERY, "int4")], method="gptq"), "give forward and batches"),
     "a group": (lambda m, p, f, b: compress.quantize(m, p, [(EVERY, "int4:48")]), "a group of 48 does not divide 64 inputs; nearest is 16"),
     "a rule": (lambda m, p, f, b: compress.prune(m, p, [("layers/.*", "2:4")], method="magnitude"), "matches no weight"),
