@@ -153,7 +153,7 @@ class Verb(NamedTuple):
         if self.budget is not None and limit:
             said = self.budget.rules(link, params, said, limit, {name: value for name, value in options.items() if name != "correct"})
         made = self.call(link.model, params, said, **data, **options)
-        if link.ahead and self.methods[method].inverts:
+        if link.ahead and (self.methods[method].inverts or options.get("correct")):
             (model, began), names = link.start, {name for name, _ in named_weights(link.start[1])}
             meant = {name: w for name, w in named_weights(params) if name in names and trees.match(said, name) is not None}
             forward = dataclasses.replace(link, run=link.run.of(model)).forward

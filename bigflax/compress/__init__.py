@@ -140,9 +140,9 @@ def matrixwise(
     if wants:
         assert forward is not None and batches is not None
         held = checked_batches(model, params, batches)
-        if inverts:
+        if inverts or correct:
             meant = {name: leaves[name] for name in values}
-            seen_enough(model, params, meant, method=method, forward=forward, batches=held)
+            seen_enough(model, params, meant, method=f"{method}, corrected," if correct else method, forward=forward, batches=held)
         return layer_by_layer(forward, params, held, change, list(values), axes=model.axes, wants=wants, rows=rows, correct=correct)
 
     def all_layers(name, w):

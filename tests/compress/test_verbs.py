@@ -128,6 +128,12 @@ MISTAKES = {
         "a QArray cannot be pruned",
     ),
     "twice": (lambda m, p, f, b: compress.quantize(m, compress.quantize(m, p, [(EVERY, "int8")]), [(EVERY, "int4")]), "a QArray cannot be quantized"),
+    "too little to correct by": (
+        lambda m, p, f, b: compress.prune(
+            m, p, [(EVERY, "2:4")], method="wanda", forward=f, batches=[{"input_ids": np.ones((2, 8), np.int32)}], correct=True
+        ),
+        "wanda, corrected, needs as many positions as a matrix has inputs, 128 of blocks/mlp/down, and is given 16",
+    ),
     "another vocabulary": (
         lambda m, p, f, b: compress.quantize(m, p, [(EVERY, "int4")], method="gptq", forward=f, batches=[{"input_ids": np.full((2, 8), 99)}]),
         "token id 99 is outside of the vocabulary",
