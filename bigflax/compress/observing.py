@@ -179,7 +179,7 @@ def layer_by_layer(
         pick = lambda at: {name: cut(part, at) for name, part in shared.items() if name not in fixed}
         taken = [[np.arange(i, min(i + rows, many)) + half for i in range(0, many, rows)] for half in range(0, len(x), many)]
         streams = [[(np.asarray(x[at]), pick(at)) for at in each] for each in taken]  # of the old model and the new, or of the new alone
-        beside = [pick(np.concatenate(both)) for both in zip(*taken, strict=True)]
+        beside = [pick(np.concatenate(both)) for both in zip(*taken, strict=True)] if correct else []
         run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
         said, changed, turns = [], [], [[*inside]]
 
