@@ -9,9 +9,9 @@
 A teacher of your own: `--config.teacher.source=` the work folder of a run, a folder of weights or a hub id, and in `model` its sizes with fewer layers
 (`teacher.every=2` takes every second to begin with; None begins with nothing, and any sizes are right). The work folder holds the student alone.
 
-Measured: MiniLM-L6 fine-tuned on 1,800 texts in 11 topics, accuracy of 800 others: the teacher 89.88%, its student by this recipe, three seeds, 90.92 +- 0.56%, macro
-F1 0.886, half of the layers and 1.94 times as fast. The same three layers at the same rate without a teacher (finetune, one seed): 90.62%; what the teacher
-adds there is not accuracy but a loss of 0.40 where they have 0.50. As a chain (tests/benchmarks/bench_compress.py --only half --student-steps 225
+Measured: MiniLM-L6 fine-tuned on 1,800 texts in 11 topics, accuracy of 800 others: the teacher 89.88%, its student by this recipe, three seeds, 90.92 +- 0.56%,
+macro F1 0.886, half of the layers and 1.94 times as fast. The same three layers at the same rate without a teacher (finetune, one seed): 90.62%; what the
+teacher adds there is not accuracy but a loss of 0.40 where they have 0.50. As a chain (tests/benchmarks/bench_compress.py --only half --student-steps 225
 --student-lr 3e-4 --weight 0.7), layers chosen by influence, three seeds: cut 76.50%, KL from the teacher 0.477; trained alone 88.25 +- 0.45%, 0.308; taught
 88.92 +- 0.31%, 0.161. With 500 texts and six epochs: teacher 88.88%; alone 87.08 +- 0.51% (three seeds); taught on the same texts 86.38% (one seed); taught
 by that teacher on 1,800 texts, their labels not looked at (--config.teacher.weight=1), 88.75% (one seed): texts without labels are what a teacher is for.
