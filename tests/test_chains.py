@@ -245,6 +245,11 @@ def test_mistakes_are_named_before_any_step_has_worked(trained, chain, message):
 
 
 CHECKED = {
+    "corrected, or what": ([dict(do="quantize", to="int4", method="gptq", correct="yes")], "correct is true or false, not 'yes'"),
+    "corrected by nothing": (
+        [dict(do="prune", to="2:4", method="magnitude", correct=True)],
+        "leave out correct, or take wanda, sparsegpt, alps",
+    ),
     "a step without what it needs": ([dict(do="qat", to="int4")], "qat needs 'steps'"),
     "nothing to do": ([dict(do="qat", steps=1)], "`to`, for all of them, or `rules`"),
     "no such format": ([dict(do="qat", to="int9", steps=1)], "'int9' is no format"),

@@ -7,7 +7,7 @@
 
 `forward(params, batch)` is a call of the model or a loss, `batches` what is streamed through it (observing.py says how). Rules are ordered (regex, value)
 over the names of weights, first match wins, None leaves a weight as it is. A method is a function of one matrix, and a row of a table.
-A method that looks at what goes into the matrices may first `correct` each for what was lost before it (observing.py): the best that layer by layer can do.
+A method that looks at what goes into the matrices may first `correct` each for what was lost before it (observing.py).
 A mixture's experts are matrices like others, each by the tokens that are sent to it (observing.py says what of those that were sent few).
 Of params that are shapes (jax.ShapeDtypeStruct) each verb gives the shapes of what it would make, with all checks and without data. Values for each matrix
 out of one budget for all: budget.py.
@@ -159,6 +159,8 @@ def method_of(methods: Mapping[str, Method], name: str, options: Mapping[str, An
     taken = [option for option in inspect.signature(methods[name].make).parameters if option not in ("seen", "axes")][2:]
     if unknown := sorted(options.keys() - {*taken}):
         raise ValueError(f"{name} takes no {unknown[0]!r}; {trees.did_you_mean(unknown[0], taken, 'its options are')}")
+    if correct not in (True, False):
+        raise ValueError(f"correct is true or false, not {correct!r}")
     if correct and "hessian" not in methods[name].wants:
         others = ", ".join(name for name, method in methods.items() if "hessian" in method.wants)
         raise ValueError(f"{name} does not see what its matrices could be corrected by; leave out correct, or take {others}")
