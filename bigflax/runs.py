@@ -85,6 +85,10 @@ class Run:
     def check(self) -> None:
         """Raises now what would otherwise come up after minutes of work: a mesh, batch, schedule or source that cannot be."""
         sharding.check_batch(self.config.data.batch_size, self.mesh)
+        if self.config.data.get("unlabelled") and "teacher" not in self.config:
+            raise ValueError(
+                "what a text without a label is, only a teacher says: leave out data.unlabelled, or give the recipe a section teacher"
+            )
         assert [self.split(name) for name in ("train", "validation")]
         optim.make(**self.config.optimizer, steps=self.steps, axes={})
 
@@ -233,7 +237,9 @@ class Run:
     def _model(self, **more: Any) -> models.nn.Model:
         made = models.create(**{**_options(self.config.model, "source"), "size": None, **self.fields, **more})
         source = self.config.model.source
-        return made if source is None else dataclasses.replace(made, source=hub.fetch(source))
+        with contextlib.suppress(FileNotFoundError):  # it may be gone once a run has weights of its own; `begin` says so where it is needed
+            return made if source is None else dataclasses.replace(made, source=hub.fetch(source))
+        return made
 
     @functools.cached_property
     def writer(self) -> models.nn.Model:

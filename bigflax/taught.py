@@ -6,6 +6,9 @@
 begins with every k-th of the teacher's layers where `every` says k (DistilBERT: Sanh et al. 2019, arXiv 1910.01108, section 3), else as `model.source` says
 or from nothing; its tokenizer is the teacher's, unless the recipe names another.
 
+Texts need no labels to be learned from: with `data.unlabelled` those without one are what the teacher finds, and `weight=1` looks at no label. What is
+evaluated on has labels, and the classes are those of all sources.
+
 The student alone is trained, saved, evaluated by its task's own loss, and exported. The teacher's weights lie frozen beside it during a step, and nowhere else:
 a run that goes on opens them again. Evaluation is that of any run; `distillation` and `agreement` are among the metrics of training.
 

@@ -32,6 +32,7 @@ def rows(n):
 def home(tmp_path_factory):
     """A folder with labelled text, a text, and folders of untrained weights: a teacher, and those that are none for this data."""
     home = tmp_path_factory.mktemp("taught")
+    (home / "unlabelled.jsonl").write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows(96)))
     for name, n in {"train": 96, "test": 40}.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n)))
     make_text(home / "text")
@@ -164,6 +165,9 @@ def test_a_recipe_says_what_its_teacher_takes(home):
         recipes.resolve(ConfigDict(unnamed))
     assert "teacher" not in recipe(home, teacher=None)
     assert recipe(home, f"teacher.source={home}/decoder", "teacher.weight=1.0", teacher=None).teacher.weight == 1.0
+    alone = runs.Run(recipe(home, "data.unlabelled=True", teacher=None))
+    with pytest.raises(ValueError, match=r"leave out data\.unlabelled, or give the recipe a section teacher"):
+        alone.check()
     run = runs.Run(recipe(home))
     with pytest.raises(ValueError, match=r"make a taught\.Taught of it"):
         run.step(run.init_state())
@@ -187,17 +191,20 @@ def kept(work):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_text_classifier_of_half_the_layers(home, capsys):
-    """Learned from the work folder of a run, and written where the teacher is not any more."""
+    """Learned, from texts alone, of the work folder of a run whose own beginning is gone, and written where the teacher is not any more."""
     text = dict(length=16, batch_size=16, source=dict(kind="jsonl", path=str(home / "train.jsonl")),
                 validation_source=dict(kind="jsonl", path=str(home / "test.jsonl")))  # fmt: skip
     both = dict(task=dict(name="classification"), optimizer=dict(lr=3e-3), data=text, watch=dict(metric="accuracy", mode="max"))
     first = dict(both, work=str(home / "first"), model=dict(source=str(home / "teacher")), fit=dict(epochs=4, log_every=6))
     assert main(["train", f"--config={written(home, 'first', first)}"]) == 0
     student = dict(name="bert", **{**LAYERS, "num_hidden_layers": 1})
+    both["data"] = dict(text, source=dict(kind="jsonl", path=str(home / "unlabelled.jsonl")), unlabelled=True)
     second = dict(both, work=str(home / "second"), model=student, fit=dict(steps=36, log_every=6, eval_every=12),
                   teacher=dict(source=str(home / "first"), every=2, weight=1.0))  # fmt: skip
     path = written(home, "second", second)
+    (home / "teacher").rename(home / "moved")
     assert main(["train", f"--config={path}"]) == 0
+    (home / "moved").rename(home / "teacher")
     assert f"taught by {home}/first" in capsys.readouterr().out
     records = read_jsonl(home / "second" / "metrics.jsonl")
     steps = [record for record in records if "agreement" in record]

@@ -18,8 +18,8 @@ outputs, or None: then its outputs come with the batch under "teacher_" and thei
 itself, as an average of its weights has it: Mean Teacher, Tarvainen and Valpola 2017 (1703.01780). That average is among the frozen weights; the one that
 `optim.make(ema=...)` keeps is in the optimizer's state, which no loss sees (`state.averaged` is what a next generation learns from).
 
-Each term is a mean over what it counts, and so is the task; where those differ (real tokens, and tokens with a label), each micro-batch is weighed by
-the task's count.
+Each term is a mean over what it counts, and so is the task; where those differ (real tokens, tokens with a label, texts without one), each micro-batch is
+weighed by the count of the soft labels, or without them by the task's.
 
 Left out on purpose: hard labels of the teacher, which are a data set (teachers.py), and a teacher's weights left out of checkpoints: a run continues
 with all that it had.
@@ -143,15 +143,15 @@ def distill(
         found = [(share, term.of(both)) for share, term in terms]
         learned = [(share, next(iter(means.values()))) for share, means in found]
         task_loss = {} if loss is None else {"task_loss": loss}
-        if loss is None:
-            loss = Mean(jnp.zeros(()), learned[0][1].count)
-        total = loss.total * (1 - weight) + sum(share * mean.total / jnp.maximum(mean.count, 1) * loss.count for share, mean in learned)
+        count = loss.count if loss is not None and not weight else learned[0][1].count
+        of_all = lambda mean: mean.total / jnp.maximum(mean.count, 1) * count
+        total = (0.0 if loss is None else (1 - weight) * of_all(loss)) + sum(share * of_all(mean) for share, mean in learned)
         if ema is not None:
             mix = lambda old, new, d=ema: d * old.astype(jnp.float32) + (1 - d) * jax.lax.stop_gradient(new).astype(jnp.float32)
             pairs = [(name, old, new) for (name, old), new in zip(trees.named_leaves(guide), jax.tree.leaves(own), strict=True)]
             moved = {f"{TEACHER}/{name}": mix(old, new) for name, old, new in pairs if jnp.issubdtype(old.dtype, jnp.inexact)}
             updates = {**updates, **moved}
-        return Mean(total, loss.count), {**metrics, **task_loss, **{k: m for _, means in found for k, m in means.items()}}, updates
+        return Mean(total, count), {**metrics, **task_loss, **{k: m for _, means in found for k, m in means.items()}}, updates
 
     return loss_fn
 

@@ -8,11 +8,12 @@
     relations     how the vectors of a layer relate to one another, where numbers of layers, heads and widths may differ (losses.relation_divergence): its
                   states, or its queries, keys and values, MiniLMv2, Wang et al. 2020 (2012.15828), section 3
 
-A value counts where there is a label (without labels, where the attention mask is 1), what is taken of layers where a token is real; a loader's
-padding rows never. Logits of a vocabulary are held for one piece of the tokens at a time, 2^24 numbers a device and model, and made again in the backward
-pass, one more product with each table; the task's own loss head comes on top. XLA keeps five float32 arrays of a piece's size for "forward" and eight for
-"js". Pieces of tokens, where ops.linear_cross_entropy takes pieces of the vocabulary: a divergence needs both sums of exponentials before its first term.
-The price is a gradient of the student's table that every piece adds to. Logits that a model gives whole, as an `ensemble` does, are held whole.
+A token's value counts where there is a label (without labels, where the attention mask is 1), a row's where it has a token, and is there no mask, a label;
+what is taken of layers counts where a token is real, and a loader's padding rows never. Logits of a vocabulary are held for one piece of the tokens at a
+time, 2^24 numbers a device and model, and made again in the backward pass, one more product with each table; the task's own loss head comes on top. XLA
+keeps five float32 arrays of a piece's size for "forward" and eight for "js". Pieces of tokens, where ops.linear_cross_entropy takes pieces of the
+vocabulary: a divergence needs both sums of exponentials before its first term. The price is a gradient of the student's table that every piece adds to.
+Logits that a model gives whole, as an `ensemble` does, are held whole.
 
 Attention maps and relations hold [B, heads, T, T] of both models, in float32.
 
@@ -308,16 +309,14 @@ def _pieces(fn: Callable[..., Any], chunk: int | None, outs: Any, *fields: jax.A
 
 
 def _real(both: Both, values: jax.Array, of: str | None = None) -> jax.Array:
-    """Which of `values` [N] or [N, T] count: those with a label; of states by this name, those that are seen; where neither says, all.
+    """Which of `values` [N] or [N, T] count: tokens with a label, rows with a token; of states by this name, those that are seen; where nothing says, all.
 
-    A loader's padding rows have label -100 throughout, or where there are no labels an attention mask of 0."""
+    A loader's padding rows have an attention mask of 0 and label -100 throughout; a text without a label has the last alone."""
     N, T = values.shape[0], values.shape[1] if values.ndim == 2 else 0
     given = lambda *names: next((both.inputs[n].reshape(N, -1) > 0 for n in names if n in both.inputs), None)
-    seen, labelled = given("segment_ids", "attention_mask"), None
-    rows_N = jnp.ones(N, bool) if seen is None else seen.any(-1)
-    if both.labels is not None:
-        labelled = both.labels.reshape(N, -1) != losses.IGNORE
-        rows_N = labelled.any(-1)
+    seen, labelled = given("segment_ids", "attention_mask"), None if both.labels is None else both.labels.reshape(N, -1) != losses.IGNORE
+    marks = labelled if seen is None else seen
+    rows_N = jnp.ones(N, bool) if marks is None else marks.any(-1)
     side = "" if of is None else of.partition("_")[0]
     if side == "vision":
         found = [None]

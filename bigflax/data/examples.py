@@ -8,6 +8,9 @@ are keys of a recipe's data section. It raises ValueError for a record that is n
 quality.py says. `rng` is a NumPy generator that follows from (seed, epoch, index) in training, None elsewhere: what a reader draws from it
 resumes with the data. Texts longer than `length` are cut, shorter ones padded.
 
+With `unlabelled` a text may be without its label, null or no such field: its `labels` are -100, which no loss and no metric counts, and what is to be
+learned of it a teacher says (taught.py).
+
 Left out on purpose: rows of several lengths. One shape is one compiled program.
 
 Legend: T length of a row, C classes.
@@ -35,19 +38,19 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 def labelled(
     tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "label",
-    augment: Said = (),
+    augment: Said = (), unlabelled: bool = False,
 ) -> Read:  # fmt: skip
     """A text, or a `pair` of them, and one of `classes`, by name or number: input_ids, attention_mask[, token_type_ids] [T], labels [].
 
     `augment` names what is done to the texts in training (augment.py): "delete:0.1,swap".
     """
     target = lambda record: np.array(class_of(field(record, label), classes), np.int32)
-    return _words(tokenizer, length, text, pair, augment, target)
+    return _words(tokenizer, length, text, pair, augment, _if_said(target, label, unlabelled, np.int32(IGNORED)))
 
 
 def many_labelled(
     tokenizer: Tokenizer, classes: Sequence[str], *, length: int, text: str = "text", pair: str | None = None, label: str = "labels",
-    augment: Said = (),
+    augment: Said = (), unlabelled: bool = False,
 ) -> Read:  # fmt: skip
     """As `labelled`, with any number of classes, a list or one string of names between commas: labels float32 [C] of zeros and ones."""
 
@@ -56,12 +59,13 @@ def many_labelled(
         chosen[[class_of(one, classes) for one in listed(field(record, label))]] = 1
         return chosen
 
-    return _words(tokenizer, length, text, pair, augment, target)
+    return _words(tokenizer, length, text, pair, augment, _if_said(target, label, unlabelled, np.full(len(classes), IGNORED, np.float32)))
 
 
 def scored(
-    tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str | None = None, label: str = "score", augment: Said = ()
-) -> Read:
+    tokenizer: Tokenizer, *, length: int, text: str = "text", pair: str | None = None, label: str = "score", augment: Said = (),
+    unlabelled: bool = False,
+) -> Read:  # fmt: skip
     """As `labelled`, with a number: labels float32 []."""
 
     def target(record: Record) -> np.ndarray:
@@ -73,7 +77,12 @@ def scored(
             raise ValueError(f"{label} {record[label]!r} is not finite")
         return score
 
-    return _words(tokenizer, length, text, pair, augment, target)
+    return _words(tokenizer, length, text, pair, augment, _if_said(target, label, unlabelled, np.float32(IGNORED)))
+
+
+def _if_said(target: Callable[[Record], np.ndarray], label: str, unlabelled: bool, nothing: Any) -> Callable[[Record], np.ndarray]:
+    """`target`, or where a record may be without its `label`, and is, `nothing`."""
+    return (lambda record: np.array(nothing) if record.get(label) is None else target(record)) if unlabelled else target
 
 
 def _words(tokenizer: Tokenizer, length: int, text: str, pair: str | None, augment: Said, target: Callable[[Record], np.ndarray]) -> Read:

@@ -75,7 +75,9 @@ WHOLE = lambda width=4: toy(width, lambda params, x: {"logits": x @ params["tabl
 TWO = lambda width=4: toy(width, meeting, out=(width, 3), scale=())
 ANSWERS = lambda width=4: toy(width, spans, out=(width, 2))
 SENTENCES = lambda width=4: toy(width, lambda params, x: {"sentence_embedding": unit(x.mean(1))})
+POOLED = lambda width=4: toy(width, lambda params, x: {"logits": x.mean(1) @ params["out"]}, out=(width, C))
 LABELS = np.where(REAL, RNG.integers(0, C, N), -100)
+FEW = np.where(np.arange(N) == 0, LABELS, -100)  # the first row has a label, the other real ones have none
 TOKENS = np.where(VISIBLE & (RNG.random((N, T)) < 0.8), IDS, -100)
 MANY = np.where(REAL[:, None], RNG.integers(0, 2, (N, C)), -100)
 FIRST_LAST = np.where(REAL[:, None], [[0, 1]] * N, -100)
@@ -84,6 +86,8 @@ LM = {**TEXT, "labels": TOKENS}
 CASES = {  # student, teacher, task, batch, options of distill
     "classes": (CLASSES(), CLASSES(6), tasks.classification, {**IMAGES, "labels": LABELS}, {}),
     "classes, no task": (CLASSES(), CLASSES(6), None, {**IMAGES, "labels": LABELS}, {}),
+    "texts, few with a label": (POOLED(), POOLED(6), tasks.classification, {**TEXT, "labels": FEW}, {}),
+    "texts without labels": (POOLED(), POOLED(6), tasks.classification, {**TEXT, "labels": np.full(N, -100)}, dict(weight=1)),
     "one score": (SCORE(), SCORE(6), tasks.regression, {**IMAGES, "labels": np.where(REAL, RNG.normal(size=N), -100.0)}, {}),
     "many labels": (CLASSES(), CLASSES(6), tasks.multi_label, {**IMAGES, "labels": MANY}, dict(binary=True)),
     "answers": (ANSWERS(), ANSWERS(6), tasks.question_answering, {**TEXT, "labels": FIRST_LAST}, {}),
@@ -160,7 +164,8 @@ def test_nothing_to_learn_from_oneself(name):
 @each
 def test_the_student_learns_and_the_teacher_does_not(name):
     loss, metrics, grads = graded(name)
-    assert np.isfinite(float(loss.value)) and all(np.isfinite(float(m.value)) for m in metrics.values())
+    of_labels = {"task_loss", "accuracy", "macro_f1"} if name == "texts without labels" else set()
+    assert np.isfinite(float(loss.value)) and {key for key, m in metrics.items() if not np.isfinite(float(m.value))} == of_labels
     assert not any(bool(g.any()) for g in jax.tree.leaves(grads["teacher"]))
     for part in (distill.untaught(grads), grads.get("projections", {})):
         assert part == {} or max(float(jnp.abs(g).max()) for g in jax.tree.leaves(part)) > 0
@@ -171,7 +176,7 @@ def test_what_is_not_real_changes_nothing(name):
     """Other tokens and pixels in a row that fills up the batch; and of models that do not read it, where there is padding."""
     *_, batch = make(name)
     row = jnp.asarray(REAL).reshape(-1, 1)
-    seen = row if name in ("pairs", "sentences", "answers") else batch.get("attention_mask", row) > 0
+    seen = row if name in ("pairs", "sentences", "answers") or name.startswith("texts") else batch.get("attention_mask", row) > 0
     change = {"input_ids": (seen[..., None] if name == "sentences" else seen, V - 1), "pixel_values": (row, 3.0)}
     other = {key: jnp.where(change[key][0], x, change[key][1]) if key in change else x for key, x in batch.items()}
     assert not all(jnp.array_equal(x, other[key]) for key, x in batch.items())
@@ -181,7 +186,7 @@ def test_what_is_not_real_changes_nothing(name):
 
 
 SLOW = pytest.mark.slow
-MESHES = {"words, in pieces": 2, "pairs": 1, "hidden of another width": 1, "classes": 2}
+MESHES = {"words, in pieces": 2, "pairs": 1, "hidden of another width": 1, "classes": 2, "texts without labels": 2}
 
 
 @pytest.mark.parametrize("name", ["words, in pieces", *(pytest.param(name, marks=SLOW) for name in [*MESHES][1:])])
@@ -222,6 +227,18 @@ def test_words_are_the_definition():
     assert float(loss.value) == pytest.approx((soft / 2 + hard / 2).mean(), rel=1e-5) and int(loss.count) == real.sum()
     assert float(metrics["distillation"].value) == pytest.approx(soft.mean(), rel=1e-5)
     assert float(metrics["agreement"].value) == pytest.approx((s.argmax(-1) == t.argmax(-1))[real].mean())
+
+
+def test_texts_without_a_label_are_learned_from_the_teacher():
+    """Half of the cross-entropy of the one with a label, and half of the divergence over all real texts."""
+    loss, metrics, _ = graded("texts, few with a label")
+    student, teacher, _, batch, _ = CASES["texts, few with a label"]
+    of = lambda model, seed: model.apply(model.init(jax.random.key(seed)), input_ids=jnp.asarray(batch["input_ids"]))["logits"]
+    s, t = np.asarray(of(student, 0)), np.asarray(of(teacher, 1))
+    p, q = log_softmax(t / 2), log_softmax(s / 2)
+    soft = 4 * (np.exp(p) * (p - q)).sum(-1)[REAL].mean()
+    assert float(loss.value) == pytest.approx((soft - log_softmax(s)[0, FEW[0]]) / 2, rel=1e-5)
+    assert int(loss.count) == REAL.sum() and float(metrics["distillation"].value) == pytest.approx(soft, rel=1e-5)
 
 
 def test_layers_meet_through_a_matrix():
@@ -281,7 +298,7 @@ def test_maps_are_compared_head_by_head():
 MASKED = {  # states, inputs and labels -> what counts of [3, 4] values, of which the last row fills up the batch
     "hidden_states": (dict(attention_mask=[[1, 1, 0, 0], [1, 1, 1, 1], [0] * 4]), [1, 0, -100], [[1, 1, 0, 0], [1] * 4, [0] * 4]),
     "hidden_states, packed": (
-        dict(segment_ids=[[1, 2, 0, 0], [1] * 4, [1] * 4]),
+        dict(segment_ids=[[1, 2, 0, 0], [1] * 4, [0] * 4]),
         [[3] * 4, [-100, 1, 1, 1], [-100] * 4],
         [[1, 1, 0, 0], [1] * 4, [0] * 4],
     ),
@@ -300,6 +317,7 @@ MASKED = {  # states, inputs and labels -> what counts of [3, 4] values, of whic
     ),
     "text_hidden_states": (dict(attention_mask=[[1, 0, 0, 0], [1] * 4, [0] * 4]), None, [[1, 0, 0, 0], [1] * 4, [0] * 4]),
     ", labels": (dict(attention_mask=[[1] * 4] * 3), [[5, -100, 5, 5], [5] * 4, [-100] * 4], [[1, 0, 1, 1], [1] * 4, [0] * 4]),
+    "hidden_states, without labels": (dict(attention_mask=[[1, 1, 0, 0], [1] * 4, [0] * 4]), [-100] * 3, [[1, 1, 0, 0], [1] * 4, [0] * 4]),
     ", pixels": ({}, [1, 0, -100], [[1] * 4, [1] * 4, [0] * 4]),
 }
 

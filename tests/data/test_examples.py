@@ -19,6 +19,11 @@ READERS = {  # reader -> a record that is good, and what its labels are
     "many between commas": (data.many_labelled(BYTES, CLASSES, length=8), {"text": "abc", "labels": "yes, no"}, [1, 1]),
     "none of many": (data.many_labelled(BYTES, CLASSES, length=8), {"text": "abc", "labels": ""}, [0, 0]),
     "scored": (data.scored(BYTES, length=8), {"text": "abc", "score": "0.5"}, 0.5),
+    "unlabelled": (data.labelled(BYTES, CLASSES, length=8, unlabelled=True), {"text": "abc"}, -100),
+    "unlabelled, the label none": (data.labelled(BYTES, CLASSES, length=8, unlabelled=True), {"text": "abc", "label": None}, -100),
+    "unlabelled, with a label": (data.labelled(BYTES, CLASSES, length=8, unlabelled=True), {"text": "abc", "label": "no"}, 0),
+    "unlabelled, of many": (data.many_labelled(BYTES, CLASSES, length=8, unlabelled=True), {"text": "abc"}, [-100, -100]),
+    "unlabelled, without a score": (data.scored(BYTES, length=8, unlabelled=True), {"text": "abc"}, -100),
 }
 
 
@@ -63,6 +68,7 @@ REFUSED = {
     "no text": ("labelled", {"txt": "a", "label": 0}, "no field 'text', nearest is 'txt'"),
     "no words": ("labelled", {"text": " ", "label": 0}, "field 'text' is empty"),
     "a number for a text": ("labelled", {"text": 3, "label": 0}, "field 'text' is int, not text"),
+    "no label": ("labelled", {"text": "a", "lable": 0}, "no field 'label', nearest is 'lable'"),
     "a label out of range": ("labelled", {"text": "a", "label": 2}, "label 2 is none of the 2 classes; the nearest are"),
     "an unknown label": ("labelled", {"text": "a", "label": "yess"}, "label 'yess' is none of the 2 classes; the nearest are 'yes'"),
     "one unknown of many": ("many", {"text": "a", "labels": ["no", "maybe"]}, "label 'maybe' is none of the 2 classes"),
