@@ -227,6 +227,11 @@ def combine(metrics: Iterable[Metrics]) -> dict[str, Any]:
     return out
 
 
+def non_empty(metrics: Metrics) -> dict[str, Any]:
+    """Those of combined metrics for which something was counted: of texts without labels there is no accuracy."""
+    return {key: v for key, v in metrics.items() if not isinstance(v, Sums) or any(np.any(x) for x in jax.tree.leaves(v))}
+
+
 def as_floats(metrics: Metrics) -> dict[str, float]:
     """Python floats of scalars and Sums; all values leave the device together."""
     return {key: float(v.value if isinstance(v, Sums) else v) for key, v in jax.device_get(dict(metrics)).items()}

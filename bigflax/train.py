@@ -33,7 +33,7 @@ import optax
 from bigflax import optim, pipeline, trees, xla
 from bigflax.flops import count_flops
 from bigflax.hosts import StopSignal
-from bigflax.metrics import Mean, Meter, as_floats, combine, split_loss
+from bigflax.metrics import Mean, Meter, as_floats, combine, non_empty, split_loss
 from bigflax.sharding import NOWHERE, TABLE, Table, make_mesh, replicated, shardings, tracing_on
 from bigflax.topology import StandIn
 from bigflax.weights import trains
@@ -329,7 +329,7 @@ class Interval:
         steps, counted = len(self.metrics), sums["loss"].count
         rates = self.meter.record(steps, now - self.began, self.stall, step=at, counted=counted if counted > steps else None)
         self.metrics, self.stall, self.began = [], 0.0, now
-        return {"loss": sums["loss"].value, **as_floats(sums), **rates}
+        return {"loss": sums["loss"].value, **as_floats(non_empty(sums)), **rates}
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

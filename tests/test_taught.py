@@ -209,6 +209,7 @@ def test_a_text_classifier_of_half_the_layers(home, capsys):
     records = read_jsonl(home / "second" / "metrics.jsonl")
     steps = [record for record in records if "agreement" in record]
     assert steps[-1]["agreement"] > 0.8 and steps[-1]["distillation"] < 0.5 * steps[0]["distillation"]
+    assert not {"accuracy", "macro_f1", "task_loss"} & steps[-1].keys()
     assert max(record["eval/accuracy"] for record in records if "eval/accuracy" in record) > 0.8
     assert not [name for name in kept(home / "second") if "teacher" in name or "projections" in name]
     (home / "first").rename(home / "gone")
