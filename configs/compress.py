@@ -20,9 +20,14 @@ matrix first makes good what was lost before it (correct=True), as the chains be
     int4:128, gptq, "           54.41     0.59%   0.0062     28%    28%
     int4:128, hadamard, "       54.32     0.42%   0.0046     20%    21%
     int4:128, qat               54.01    -0.16%   0.0099            45%      200 steps from GPTQ's codes, three seeds (+- 0.06): it learned on
-    50%, wanda                  59.29     9.60%   0.0950     77%    78%      of magnitude's, as all below
-    50%, sparsegpt              55.92     3.38%   0.0347     27%    29%
-    50%, alps                   55.03     1.73%   0.0165     14%    14%
+    50%, magnitude              61.07    12.88%   0.1209                     another decoder of the recipe, 54.10 in float32
+    50%, wanda                  59.25     9.53%   0.0950     74%    79%      of magnitude's, as all below
+    50%, sparsegpt              55.92     3.37%   0.0353     26%    29%
+    50%, alps                   55.04     1.75%   0.0166     14%    14%
+    50%, wanda, corrected       56.51     4.46%   0.0457     35%    38%
+    50%, sparsegpt, "           55.24     2.12%   0.0214     16%    18%
+    50%, alps, "                54.89     1.46%   0.0126     11%    10%
+    50%, ", recovered           53.84    -0.48%   0.0102     -4%     8%      200 steps, three seeds (+- 0.08)
     2:4, magnitude              71.22    31.65%   0.2763
     2:4, wanda                  68.32    26.30%   0.2450     83%    89%
     2:4, sparsegpt              60.61    12.04%   0.1230     38%    45%

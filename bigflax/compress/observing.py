@@ -170,59 +170,20 @@ def layer_by_layer(
     left, made = set(names), {}
 
     def walk(path, layer, weights, x, shared, layers, tied):
-        inside = {} if tied else {name: name.removeprefix(f"{path}/") for name in names if name.startswith(f"{path}/")}
-        one = {name: _one(texts[name], layers) for name in inside}
-        experts = {name for name in inside if "experts" in parse_axes(one[name]).stack}
-        fixed = {name: part for name, part in shared.items() if not hasattr(part, "shape")}
-        many = len(x) // (1 + correct)
-        cut = lambda part, at: part[at] if part.ndim and len(part) == len(x) else part
-        pick = lambda at: {name: cut(part, at) for name, part in shared.items() if name not in fixed}
-        taken = [[np.arange(i, min(i + rows, many)) + half for i in range(0, many, rows)] for half in range(0, len(x), many)]
-        streams = [[(np.asarray(x[at]), pick(at)) for at in each] for each in taken]  # of the old model and the new, or of the new alone
-        beside = [pick(np.concatenate(both)) for both in zip(*taken, strict=True)] if correct else []
-        run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
-        said, changed, turns = [], [], [[*inside]]
-
-        @jax.jit
-        def look(weights, none, x, given):
-            def everything(seen):
-                with reading(given.get("kv_segments")):
-                    return _sum(layer(_put(weights, seen), x, {**fixed, **given}))
-
-            return jax.grad(everything)(none)
-
+        of_layer = {} if tied else {name.removeprefix(f"{path}/"): name for name in names if name.startswith(f"{path}/")}
+        streams = Streams(x, shared, models=1 + correct, rows=rows)
+        each = _Layer(path, layer, streams.fixed, {rel: _one(texts[name], layers) for rel, name in of_layer.items()}, wants)
+        said, changed = [], []
         for i in range(layers or 1):
             here = weights if layers is None or tied else jax.tree.map(lambda part, i=i: part[i], weights)
-            leaves, new = dict(named_weights(here)), {}
-            blanks = lambda turn, wants, leaves=leaves: {inside[name]: blank(leaves[inside[name]], one[name], wants) for name in turn}
-            if correct and inside and not changed:
-                turns = _turns(lambda weights: run(weights, *streams[1][0]), here, blanks(inside, ()), inside)
-            for turn in turns if inside else []:
-                paired = correct and not experts & {*turn}
-                if paired:  # experts of this layer are of no account to what stands beside them
-                    pairs = {rel: Paired(leaves[rel], w) for rel, w in new.items() if rel not in {inside[name] for name in experts}}
-                    fed = [(np.concatenate([old, x]), given) for (old, _), (x, _), given in zip(*streams, beside, strict=True)]
-                    now, none = _with(here, pairs), blanks(turn, (*wants, "cross"))
-                else:
-                    fed, now, none = streams[-1], _with(here, new), blanks(turn, wants)
-                seen = functools.reduce(lambda a, b: {rel: a[rel] + b[rel] for rel in a}, (look(now, none, x, given) for x, given in fed))
-                for name in turn:
-                    w, its = leaves[rel := inside[name]], _checked(name, seen[rel])
-                    if paired and not is_typed(w):
-                        w = as_weight(corrected(as_matrix(w, one[name]), its.hessian, its.cross), one[name], w.shape, w.dtype)
-                    new[rel] = change(name, w, dataclasses.replace(its, cross=None))
-            changed.append(new)
-            for stream, its in zip(streams, (here, _with(here, new))[-len(streams) :], strict=True):
-                outs = [run(its, x, given) for x, given in stream]
-                stream[:] = [(np.asarray(x), given) for (x, _), (_, given) in zip(outs, stream, strict=True)]
-            said.append(jax.tree.map(lambda *parts: sum(parts), *[seen for _, seen in outs]))
-        for name, rel in inside.items():
+            changed.append(new := each.changed(here, streams, change))
+            said.append(streams.go_through(each.run, *(here, _with(here, new))[-1 - correct :]))
+        for rel, name in of_layer.items():
             made[name] = changed[0][rel] if layers is None else stacked([new.pop(rel) for new in changed])  # each is held twice alone
-        left.difference_update(inside)
+        left.difference_update(of_layer.values())
         if not any("layers" in parse_axes(texts[name]).stack for name in left):
             raise _Enough
-        xs = jnp.concatenate([x for stream in streams for x, _ in stream])
-        return xs, said[0] if layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *said)
+        return streams.whole(), said[0] if layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
     with nn.walking(walk), contextlib.suppress(_Enough):
         forward(params, whole)
@@ -233,14 +194,91 @@ def layer_by_layer(
     return params
 
 
-def _turns(run: Callable[[Any], Any], weights: Any, blanks: Mapping[str, Seen], inside: Mapping[str, str]) -> list[list[str]]:
-    """The names of a layer's matrices in the order in which it multiplies by them, those together that are multiplied with the same array."""
-    watch = lambda rel, w: Observed(w, blanks[rel], rel) if rel in blanks else w
-    with counting() as uses:
-        jax.eval_shape(lambda weights: run(weights), trees.map_named(watch, weights, is_leaf=is_typed))
-    named = {rel: name for name, rel in inside.items()}
-    found = [[named[rel] for rel, _ in same] for _, same in itertools.groupby(uses.items(), lambda use: id(use[1].given))]
-    return [*found, *([name] for rel, name in named.items() if rel not in uses)]
+class Streams:
+    """The states between two layers for all batches, on the host, and what each layer is given beside them, some rows at a time: of the model by now alone,
+    or of two, of the model as it was before it."""
+
+    def __init__(self, x: Array, shared: Mapping[str, Any], *, models: int, rows: int):
+        """`x` [models rows, ...] has one model's rows behind the other's, as has what is `shared` of as many rows; `fixed` is what is no array."""
+        self.fixed = {name: part for name, part in shared.items() if not hasattr(part, "shape")}
+        many = len(x) // models
+        cut = lambda part, at: part[at] if part.ndim and len(part) == len(x) else part
+        given = lambda at: {name: cut(part, at) for name, part in shared.items() if name not in self.fixed}
+        pieces = [np.arange(i, min(i + rows, many)) for i in range(0, many, rows)]
+        self.models = [[(np.asarray(x[at + model * many]), given(at + model * many)) for at in pieces] for model in range(models)]
+        self._beside = [given(np.concatenate([at + model * many for model in range(models)])) for at in pieces]
+
+    def together(self) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """Pieces with the rows of all models, one's behind the other's."""
+        return [
+            (np.concatenate([x for x, _ in piece]), given)
+            for piece, given in zip(zip(*self.models, strict=True), self._beside, strict=True)
+        ]
+
+    def go_through(self, run: Callable[[Any, Any, Any], tuple[Array, Any]], *weights: Any) -> Any:
+        """Every model's states become what the layer makes of them with its weights. Returns what the layer said of the newest's beside them, summed up."""
+        outs: list[Any] = []
+        for pieces, its in zip(self.models, weights, strict=True):
+            outs = [run(its, x, given) for x, given in pieces]
+            pieces[:] = [(np.asarray(x), given) for (x, _), (_, given) in zip(outs, pieces, strict=True)]
+        return jax.tree.map(lambda *parts: sum(parts), *[said for _, said in outs])
+
+    def whole(self) -> Array:
+        return jnp.concatenate([x for pieces in self.models for x, _ in pieces])
+
+
+class _Layer:
+    """The layers of a stack, called with the weights of one: what goes into their matrices, by their names within the layer, and the matrices changed."""
+
+    def __init__(self, path: str, layer: Callable[..., Any], fixed: Mapping[str, Any], axes: Mapping[str, str], wants: Sequence[str]):
+        self.path, self.axes, self.wants = path, axes, wants
+        self.experts = {name for name, text in axes.items() if "experts" in parse_axes(text).stack}
+        self.turns: list[list[str]] | None = None
+
+        def look(weights, none, x, given):
+            def everything(seen):
+                with reading(given.get("kv_segments")):
+                    return _sum(layer(_put(weights, seen), x, {**fixed, **given}))
+
+            return jax.grad(everything)(none)
+
+        self.run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
+        self._look = jax.jit(look)
+
+    def changed(self, weights: Any, streams: Streams, change: Callable[[str, Weight, Seen], Weight]) -> dict[str, Weight]:
+        """One layer's matrices, changed all together by what goes into them; where two models are beside each other turn by turn, and each corrected before."""
+        if not self.axes:
+            return {}
+        leaves, new, correct = dict(named_weights(weights)), {}, len(streams.models) > 1
+        if self.turns is None:
+            self.turns = [[*self.axes]] if not correct else self._in_turn(weights, leaves, streams)
+        for turn in self.turns:
+            paired = correct and not self.experts & {*turn}
+            if paired:  # experts of this layer are of no account to what stands beside them
+                now = _with(weights, {name: Paired(leaves[name], w) for name, w in new.items() if name not in self.experts})
+            else:
+                now = _with(weights, new)
+            none = self._blanks(leaves, turn, (*self.wants, "cross") if paired else self.wants)
+            fed = streams.together() if paired else streams.models[-1]
+            seen = functools.reduce(lambda a, b: {name: a[name] + b[name] for name in a}, (self._look(now, none, *piece) for piece in fed))
+            for name in turn:
+                w, its, axes = leaves[name], _checked(full := f"{self.path}/{name}", seen[name]), self.axes[name]
+                if paired and not is_typed(w):
+                    w = as_weight(corrected(as_matrix(w, axes), its.hessian, its.cross), axes, w.shape, w.dtype)
+                new[name] = change(full, w, dataclasses.replace(its, cross=None))
+        return new
+
+    def _blanks(self, leaves: Mapping[str, Weight], names: Iterable[str], wants: Sequence[str]) -> dict[str, Seen]:
+        return {name: blank(leaves[name], self.axes[name], wants) for name in names}
+
+    def _in_turn(self, weights: Any, leaves: Mapping[str, Weight], streams: Streams) -> list[list[str]]:
+        """The matrices in the order in which the layer multiplies by them, those together that are multiplied with the same array."""
+        none = self._blanks(leaves, self.axes, ())
+        watched = trees.map_named(lambda name, w: Observed(w, none[name], name) if name in none else w, weights, is_leaf=is_typed)
+        with counting() as uses:
+            jax.eval_shape(lambda weights: self.run(weights, *streams.models[-1][0]), watched)
+        found = [[*same] for _, same in itertools.groupby(uses, lambda name: id(uses[name].given))]
+        return [*found, *([name] for name in self.axes if name not in uses)]
 
 
 def _one(axes: str, layers: int | None) -> str:
