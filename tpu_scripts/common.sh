@@ -6,9 +6,14 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 verb=${0##*/}
-dry="" arguments=("$verb") out="" why="" state="" chips="" sleeper="" partial=""
+dry="" arguments=("$verb") out="" why="" state="" chips="" partial=""
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/bigflax-tpu.XXXXXX")
-trap 'rm -rf "$tmp"; [ -z "$sleeper" ] || kill "$sleeper" 2>/dev/null || true' EXIT
+tidy() {
+    local child
+    rm -rf "$tmp"
+    for child in $(jobs -p); do kill "$child" 2>/dev/null || true; done # a signal may come before anything could note what sleeps
+}
+trap tidy EXIT
 exec 5>&2 # a signal may come while standard error goes to a file
 trap 'interrupted >&5; exit 130' INT TERM HUP
 
@@ -23,9 +28,7 @@ billed() { # WORDS: what to know where a slice is left behind
 pause() { # SECONDS, in the background, so that a signal need not wait for their end
     [ -z "$dry" ] || return 0
     sleep "$1" 7>&- &
-    sleeper=$!
-    wait $sleeper
-    sleeper=""
+    wait $!
 }
 
 quoted() { # WORD...: one line that a shell reads as these words
