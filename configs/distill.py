@@ -37,14 +37,12 @@ def get_config(variant: str = "encoder"):
     if variant in ("encoder", "texts"):
         config = recipes.load("finetune:full")
         model = dict(name="bert", hidden_size=384, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=12)
-        said = dict(
-            work="runs/distill-encoder", teacher=dict(source="runs/finetune-full", every=2, weight=0.7, temperature=2.0, states=0.1),
-            optimizer=dict(**adamw, lr=3e-4, weight_decay=0.01, b2=0.999),
-        )  # fmt: skip
+        teacher = dict(source="runs/finetune-full", every=2, weight=0.7, temperature=2.0, states=0.1)
+        said = dict(work="runs/distill-encoder", teacher=teacher, optimizer=dict(**adamw, lr=3e-4, weight_decay=0.01, b2=0.999))
         if variant == "texts":
-            judges = dict(validation_source=dict(kind="jsonl", path="test.jsonl"))
-            said["work"], said["teacher"]["weight"], said["fit"] = "runs/distill-texts", 1.0, {**config.fit.to_dict(), "epochs": 2}
-            said["data"] = {**config.data.to_dict(), **judges, "source": dict(kind="jsonl", path="texts.jsonl"), "unlabelled": True}
+            files = {part: dict(kind="jsonl", path=f"{name}.jsonl") for part, name in (("source", "texts"), ("validation_source", "test"))}
+            data, fit = {**config.data.to_dict(), **files, "unlabelled": True}, {**config.fit.to_dict(), "epochs": 2}
+            said = dict(said, work="runs/distill-texts", teacher=dict(teacher, weight=1.0), data=data, fit=fit)
     elif variant == "decoder":
         config = recipes.load("preference:base")
         model = {**config.model.to_dict(), "num_hidden_layers": 2}
