@@ -171,7 +171,7 @@ def layer_by_layer(
 
     def walk(path, layer, weights, x, shared, layers, tied):
         of_layer = {} if tied else {name.removeprefix(f"{path}/"): name for name in names if name.startswith(f"{path}/")}
-        streams = Streams(x, shared, models=1 + correct, rows=rows)
+        streams = _Streams(x, shared, models=1 + correct, rows=rows)
         each = _Layer(path, layer, streams.fixed, {rel: _one(texts[name], layers) for rel, name in of_layer.items()}, wants)
         said, changed = [], []
         for i in range(layers or 1):
@@ -194,7 +194,7 @@ def layer_by_layer(
     return params
 
 
-class Streams:
+class _Streams:
     """The states between two layers for all batches, on the host, and what each layer is given beside them, some rows at a time: of the model by now alone,
     or of two, of the model as it was before it."""
 
@@ -245,7 +245,7 @@ class _Layer:
         self.run = jax.jit(lambda weights, x, given: layer(weights, x, {**fixed, **given}))
         self._look = jax.jit(look)
 
-    def changed(self, weights: Any, streams: Streams, change: Callable[[str, Weight, Seen], Weight]) -> dict[str, Weight]:
+    def changed(self, weights: Any, streams: _Streams, change: Callable[[str, Weight, Seen], Weight]) -> dict[str, Weight]:
         """One layer's matrices, changed all together by what goes into them; where two models are beside each other turn by turn, and each corrected before."""
         if not self.axes:
             return {}
@@ -271,7 +271,7 @@ class _Layer:
     def _blanks(self, leaves: Mapping[str, Weight], names: Iterable[str], wants: Sequence[str]) -> dict[str, Seen]:
         return {name: blank(leaves[name], self.axes[name], wants) for name in names}
 
-    def _in_turn(self, weights: Any, leaves: Mapping[str, Weight], streams: Streams) -> list[list[str]]:
+    def _in_turn(self, weights: Any, leaves: Mapping[str, Weight], streams: _Streams) -> list[list[str]]:
         """The matrices in the order in which the layer multiplies by them, those together that are multiplied with the same array."""
         none = self._blanks(leaves, self.axes, ())
         watched = trees.map_named(lambda name, w: Observed(w, none[name], name) if name in none else w, weights, is_leaf=is_typed)
